@@ -1,0 +1,58 @@
+#include <cerrno>
+#include <cstring>
+#include <limits>
+
+#include "bindings.h"
+
+namespace dtruntime::bindings {
+namespace {
+
+[[noreturn]] void raise(PyObject* type, py::tuple arguments) {
+  PyErr_SetObject(type, arguments.ptr());
+  throw py::error_already_set();
+}
+
+}  // namespace
+
+void raise_if_failed(const Status& status, PyObject* path, PyObject* target) {
+  const std::string where = path == nullptr ? "" : py::str(py::repr(path)).cast<std::string>() + ": ";
+  switch (status.code) {
+    case Code::kOk:
+      return;
+    case Code::kInvalid:
+      throw py::value_error(where + status.what);
+    case Code::kEndOfFile:
+      raise(PyExc_EOFError, py::make_tuple(where + status.what));
+    case Code::kSystem:
+      if (status.error == ENOMEM) raise(PyExc_MemoryError, py::make_tuple(where + status.what));
+      const std::string text = std::string(std::strerror(status.error)) + " (" + status.what + ")";
+      // OSError picks its subclass by errno when it is called, not when it is raised with a tuple later.
+      py::object none = py::none();
+      py::object error = py::reinterpret_borrow<py::object>(PyExc_OSError)(
+          status.error, text, path ? py::reinterpret_borrow<py::object>(path) : none, none,
+          target ? py::reinterpret_borrow<py::object>(target) : none);
+      PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
+      throw py::error_already_set();
+  }
+}
+
+std::string path_bytes(py::handle path) {
+  PyObject* bytes = nullptr;
+  if (PyUnicode_FSConverter(path.ptr(), &bytes) == 0) throw py::error_already_set();
+  return std::string(py::reinterpret_steal<py::bytes>(bytes));
+}
+
+size_t check_size(int64_t value, const char* name) {
+  if (value < 0)
+    throw py::value_error(std::string(name) + " must not be negative, got " + std::to_string(value));
+  return static_cast<size_t>(value);
+}
+
+unsigned check_threads(int64_t threads) {
+  if (threads < 0 || threads > std::numeric_limits<int>::max()) {
+    throw py::value_error("threads must not be negative, got " + std::to_string(threads));
+  }
+  return static_cast<unsigned>(threads);
+}
+
+}  // namespace dtruntime::bindings

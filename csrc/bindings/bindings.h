@@ -1,0 +1,64 @@
+// What the files of this folder share: one bind_* per core part, buffers in, errors out.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "../core/arena.h"
+#include "../core/status.h"
+
+namespace dtruntime::bindings {
+
+namespace py = pybind11;
+
+void bind_arena(py::module_& module);
+void bind_build_info(py::module_& module);
+void bind_digest(py::module_& module);
+void bind_file_io(py::module_& module);
+void bind_permutation(py::module_& module);
+
+// A Python object's contiguous bytes, pinned (no resize, no release) while this lives. Made and destroyed
+// with the GIL held; the bytes may be used without it.
+class Buffer {
+ public:
+  enum class Access { kRead = PyBUF_SIMPLE, kWrite = PyBUF_WRITABLE };
+
+  explicit Buffer(py::handle object, Access access = Access::kRead) {
+    if (PyObject_GetBuffer(object.ptr(), &view_, static_cast<int>(access)) != 0)
+      throw py::error_already_set();
+  }
+  ~Buffer() { PyBuffer_Release(&view_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  std::span<uint8_t> bytes() const {
+    return {static_cast<uint8_t*>(view_.buf), static_cast<size_t>(view_.len)};
+  }
+
+ private:
+  Py_buffer view_;
+};
+
+// Throws the Python error for a failure: ValueError, EOFError, MemoryError or OSError(errno, text, path).
+// `path` may be null; with `target` it becomes the OSError's filename2.
+void raise_if_failed(const Status& status, PyObject* path = nullptr, PyObject* target = nullptr);
+
+// What Python calls an Arena. Views of it keep it alive and are counted in `exports`, under the GIL.
+struct ArenaObject {
+  Arena arena;
+  Py_ssize_t exports = 0;
+};
+
+// The bytes of a path: str, bytes or os.PathLike, without NUL.
+std::string path_bytes(py::handle path);
+
+// A count or a size from Python. Throws ValueError if it is negative.
+size_t check_size(int64_t value, const char* name);
+unsigned check_threads(int64_t threads);
+
+}  // namespace dtruntime::bindings

@@ -1,0 +1,93 @@
+#include "../core/digest.h"
+
+#include <pybind11/stl.h>
+
+#include "../core/xxh3.h"
+#include "bindings.h"
+
+namespace dtruntime::bindings {
+namespace {
+
+using Sizes = std::vector<int64_t>;
+
+std::vector<Range> make_ranges(const Sizes& offsets, const Sizes& lengths) {
+  if (offsets.size() != lengths.size()) throw py::value_error("offsets and lengths differ in number");
+  std::vector<Range> ranges(offsets.size());
+  for (size_t i = 0; i < ranges.size(); ++i) {
+    ranges[i] = {check_size(offsets[i], "an offset"), check_size(lengths[i], "a length")};
+  }
+  return ranges;
+}
+
+size_t check_chunk_bytes(int64_t chunk_bytes) {
+  if (chunk_bytes < 1)
+    throw py::value_error("chunk_bytes must be at least 1, got " + std::to_string(chunk_bytes));
+  return static_cast<size_t>(chunk_bytes);
+}
+
+// The digests of `ranges` of a buffer of `nbytes` bytes, as fill(where they go) stores them without the GIL:
+// nobody sees the object yet.
+template <typename Fill>
+py::bytes make_digests(std::span<const Range> ranges, size_t nbytes, size_t chunk_bytes, Fill fill) {
+  size_t chunks = 0;
+  raise_if_failed(count_chunks(ranges, nbytes, chunk_bytes, &chunks));
+  auto digests = py::reinterpret_steal<py::bytes>(
+      PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(chunks * kXxh3DigestBytes)));
+  if (!digests) throw py::error_already_set();
+  auto* target = reinterpret_cast<uint8_t*>(PyBytes_AS_STRING(digests.ptr()));
+  Status status;
+  {
+    py::gil_scoped_release unlocked;
+    status = fill(target);
+  }
+  raise_if_failed(status);
+  return digests;
+}
+
+py::bytes digest_of(std::span<const uint8_t> data, std::span<const Range> ranges, int64_t chunk_bytes,
+                    int64_t threads) {
+  const size_t chunk = check_chunk_bytes(chunk_bytes);
+  const unsigned count = check_threads(threads);
+  return make_digests(ranges, data.size(), chunk,
+                      [&](uint8_t* digests) { return digest_ranges(data, ranges, chunk, count, digests); });
+}
+
+py::bytes py_digest(py::object data, int64_t chunk_bytes, int64_t threads) {
+  const Buffer buffer(data);
+  const Range whole{0, buffer.bytes().size()};
+  return digest_of(buffer.bytes(), {&whole, 1}, chunk_bytes, threads);
+}
+
+py::bytes py_digest_ranges(py::object data, const Sizes& offsets, const Sizes& lengths, int64_t chunk_bytes,
+                           int64_t threads) {
+  const Buffer buffer(data);
+  return digest_of(buffer.bytes(), make_ranges(offsets, lengths), chunk_bytes, threads);
+}
+
+py::bytes py_copy_digest(py::object arena, const std::vector<uintptr_t>& sources, const Sizes& lengths,
+                         const Sizes& offsets, int64_t chunk_bytes, int64_t threads) {
+  if (!py::isinstance<ArenaObject>(arena)) throw py::type_error("the target must be an Arena");
+  const Buffer buffer(arena, Buffer::Access::kWrite);
+  const std::vector<Range> targets = make_ranges(offsets, lengths);
+  if (sources.size() != targets.size()) throw py::value_error("sources and lengths differ in number");
+  std::vector<Copy> copies(targets.size());
+  for (size_t i = 0; i < copies.size(); ++i)
+    copies[i] = {reinterpret_cast<const uint8_t*>(sources[i]), targets[i]};
+  const size_t chunk = check_chunk_bytes(chunk_bytes);
+  const unsigned count = check_threads(threads);
+  return make_digests(targets, buffer.bytes().size(), chunk, [&](uint8_t* digests) {
+    return copy_digest(buffer.bytes(), copies, chunk, count, digests);
+  });
+}
+
+}  // namespace
+
+void bind_digest(py::module_& module) {
+  module.def("digest", &py_digest, py::arg("data"), py::arg("chunk_bytes"), py::arg("threads") = 0);
+  module.def("digest_ranges", &py_digest_ranges, py::arg("data"), py::arg("offsets"), py::arg("lengths"),
+             py::arg("chunk_bytes"), py::arg("threads") = 0);
+  module.def("copy_digest", &py_copy_digest, py::arg("arena"), py::arg("sources"), py::arg("lengths"),
+             py::arg("offsets"), py::arg("chunk_bytes"), py::arg("threads") = 0);
+}
+
+}  // namespace dtruntime::bindings

@@ -1,0 +1,11 @@
+#include "bindings.h"
+
+PYBIND11_MODULE(_C, module) {
+  using namespace dtruntime::bindings;
+  module.doc() = "The native core of dtruntime_torch; its manual is _C.pyi.";
+  bind_arena(module);
+  bind_build_info(module);
+  bind_digest(module);
+  bind_file_io(module);
+  bind_permutation(module);
+}

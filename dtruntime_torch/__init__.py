@@ -1,0 +1,70 @@
+"""Checkpoints and samplers for people who train with torchrun.
+
+The public names are loaded when they are first used, so that the command line starts without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from dtruntime_torch import errors
+from dtruntime_torch._version import __version__
+
+if TYPE_CHECKING:
+    from dtruntime_torch.build import build_info
+    from dtruntime_torch.checkpoint.flatten import PerRank
+    from dtruntime_torch.checkpoint.handle import SaveHandle, SaveMetrics
+    from dtruntime_torch.checkpoint.info import CheckpointInfo
+    from dtruntime_torch.checkpoint.verify import VerifyReport
+    from dtruntime_torch.hook import CheckpointHook
+    from dtruntime_torch.manager import CheckpointManager
+    from dtruntime_torch.sampler import ElasticDistributedSampler
+    from dtruntime_torch.storage import LocalBackend, MemoryBackend, StorageBackend
+    from dtruntime_torch.writer import CheckpointWriter
+
+_HOMES = {
+    "CheckpointHook": "dtruntime_torch.hook",
+    "CheckpointInfo": "dtruntime_torch.checkpoint.info",
+    "CheckpointManager": "dtruntime_torch.manager",
+    "CheckpointWriter": "dtruntime_torch.writer",
+    "ElasticDistributedSampler": "dtruntime_torch.sampler",
+    "LocalBackend": "dtruntime_torch.storage",
+    "MemoryBackend": "dtruntime_torch.storage",
+    "PerRank": "dtruntime_torch.checkpoint.flatten",
+    "SaveHandle": "dtruntime_torch.checkpoint.handle",
+    "SaveMetrics": "dtruntime_torch.checkpoint.handle",
+    "StorageBackend": "dtruntime_torch.storage",
+    "VerifyReport": "dtruntime_torch.checkpoint.verify",
+    "build_info": "dtruntime_torch.build",
+}
+
+__all__ = [
+    "CheckpointHook",
+    "CheckpointInfo",
+    "CheckpointManager",
+    "CheckpointWriter",
+    "ElasticDistributedSampler",
+    "LocalBackend",
+    "MemoryBackend",
+    "PerRank",
+    "SaveHandle",
+    "SaveMetrics",
+    "StorageBackend",
+    "VerifyReport",
+    "__version__",
+    "build_info",
+    "errors",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

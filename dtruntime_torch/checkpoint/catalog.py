@@ -1,0 +1,254 @@
+"""What is committed under a name, read and checked along the chain of hashes: commit, manifest, part.
+
+Nothing is decoded before its hash was compared, except the commit itself: that one is bound to its own name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Awaitable, Callable, Sequence, Set
+from typing import TypeVar
+
+from dtruntime_torch.checkpoint import names
+from dtruntime_torch.checkpoint.checks import is_own
+from dtruntime_torch.checkpoint.manifest import (
+    Commit,
+    Manifest,
+    Part,
+    decode_commit,
+    decode_manifest,
+    decode_part,
+)
+from dtruntime_torch.checkpoint.names import CommitKey
+from dtruntime_torch.errors import CheckpointNotFound, CorruptCheckpoint, Damage, NotFound
+from dtruntime_torch.storage.backend import StorageBackend
+
+R = TypeVar("R")
+
+# Between a listing and a read a prune may take a commit; that it does so each time is not plausible.
+MAX_LISTINGS = 10
+
+
+async def commit_keys(backend: StorageBackend, name: str) -> list[CommitKey]:
+    """Lists the commits of a checkpoint, the void ones among them, in ascending order.
+
+    Args:
+        backend: where it lies.
+        name: of the checkpoint.
+    """
+    listed = await backend.list(names.commits_folder(name))
+    found = (names.parse_commit(entry.path) for entry in listed)
+    return sorted(key for key in found if key is not None)
+
+
+async def generations(backend: StorageBackend, name: str) -> list[int]:
+    """Lists the numbers of the generations that were claimed, in ascending order.
+
+    Args:
+        backend: where the checkpoint lies.
+        name: of the checkpoint.
+    """
+    listed = await backend.list(names.generations_folder(name))
+    found = (names.parse_generation(entry.path) for entry in listed)
+    return sorted(number for number in found if number is not None)
+
+
+async def read_commit(backend: StorageBackend, name: str, key: CommitKey) -> Commit:
+    """Reads a commit; it may be void.
+
+    Raises:
+        NotFound: there is no such commit, or no longer.
+        CorruptCheckpoint: it is no commit, or that of another place.
+    """
+    path = names.commit_path(name, key)
+    data = bytes(await backend.read(path))
+    commit = decode_commit(data, path)
+    _check_repeats(path, len(data), (name, *key), (commit.name, *commit.key))
+    return commit
+
+
+async def read_manifest(backend: StorageBackend, commit: Commit) -> Manifest:
+    """Reads the manifest that a commit, not a void one, names.
+
+    Raises:
+        CorruptCheckpoint: it is missing, is not the one that was committed, or contradicts itself or the commit.
+    """
+    path = f"{commit.name}/{commit.attempt}/{names.MANIFEST}"
+    data = await _read(backend, path)
+    _check_sha256(path, data, commit.manifest_sha256)
+    manifest = decode_manifest(data, path)
+    _check_repeats(
+        path,
+        len(data),
+        (commit.name, *commit.key, commit.attempt),
+        (manifest.name, *manifest.key, manifest.attempt),
+    )
+    return manifest
+
+
+async def read_part(backend: StorageBackend, manifest: Manifest, rank: int) -> Part:
+    """Reads the part manifest of one of the ranks that saved.
+
+    Raises:
+        CorruptCheckpoint: it is missing, is not the one that was committed, or contradicts itself or the manifest.
+    """
+    ref = manifest.parts[rank]
+    path = f"{manifest.name}/{manifest.attempt}/{ref.path}"
+    await _check_length(backend, path, ref.length)
+    data = await _read(backend, path)
+    _check_sha256(path, data, ref.sha256)
+    part = decode_part(data, path)
+    _check_repeats(
+        path,
+        len(data),
+        (*manifest.key, manifest.attempt, manifest.world_size, rank),
+        (part.generation, part.step, part.attempt, part.world_size, part.rank),
+    )
+    _check_files(path, len(data), manifest, part)
+    return part
+
+
+async def newest(backend: StorageBackend, name: str) -> Commit | None:
+    """Reads the greatest commit that is not void; None where there is none.
+
+    Raises:
+        CorruptCheckpoint: that commit, or one above it that may be void, cannot be read.
+    """
+
+    async def choose(keys: Sequence[CommitKey]) -> Commit | None:
+        for key in reversed(keys):
+            commit = await read_commit(backend, name, key)
+            if not commit.void:
+                return commit
+        return None
+
+    return await _look(backend, name, choose)
+
+
+async def newest_key(backend: StorageBackend, name: str) -> CommitKey | None:
+    """Returns the key of the greatest commit that is not void; one that cannot be read counts as not void.
+
+    A save orders itself by this: damage may not stop it, nor let it pass for the first one.
+    """
+
+    async def choose(keys: Sequence[CommitKey]) -> CommitKey | None:
+        return await _newest_of(backend, name, keys)
+
+    return await _look(backend, name, choose)
+
+
+async def pick(
+    backend: StorageBackend, name: str, step: int | None, rejected: Set[CommitKey]
+) -> tuple[Commit, CommitKey]:
+    """Chooses what to load. A commit that cannot be read is passed over with a warning.
+
+    Args:
+        backend: where the checkpoint lies.
+        name: of the checkpoint.
+        step: None for the newest commit; else the newest generation's of that step, with no falling back.
+        rejected: commits that turned out to be damaged.
+
+    Returns:
+        The commit, and what `newest_key` returns.
+
+    Raises:
+        CheckpointNotFound: nothing is committed, or nothing at that step.
+        CorruptCheckpoint: all that is committed is damaged, or what is committed at that step.
+    """
+
+    async def choose(keys: Sequence[CommitKey]) -> tuple[Commit, CommitKey]:
+        top = await _newest_of(backend, name, keys)
+        if top is None:
+            raise CheckpointNotFound(f"there is no checkpoint called {name} here")
+        for key in reversed(keys):
+            if key in rejected or step not in (None, key.step):
+                continue
+            commit = await _read_or_warn(backend, name, key, fall_back=step is None)
+            if commit is not None and not commit.void:
+                return commit, top
+        if step is not None:
+            there = sorted({key.step for key in keys})
+            raise CheckpointNotFound(f"there is no checkpoint {name} of step {step}; there are {there[-10:]}")
+        raise CorruptCheckpoint(f"every checkpoint called {name} is damaged; none can be loaded")
+
+    return await _look(backend, name, choose)
+
+
+async def _look(
+    backend: StorageBackend, name: str, choose: Callable[[Sequence[CommitKey]], Awaitable[R]]
+) -> R:
+    """Lists the commits and chooses among them; again if one vanished meanwhile, for a newer one came before."""
+    for _ in range(MAX_LISTINGS - 1):
+        try:
+            return await choose(await commit_keys(backend, name))
+        except NotFound:
+            continue
+    return await choose(await commit_keys(backend, name))
+
+
+async def _newest_of(backend: StorageBackend, name: str, keys: Sequence[CommitKey]) -> CommitKey | None:
+    for key in reversed(keys):
+        try:
+            void = (await read_commit(backend, name, key)).void
+        except CorruptCheckpoint:
+            void = False
+        if not void:
+            return key
+    return None
+
+
+async def _read_or_warn(
+    backend: StorageBackend, name: str, key: CommitKey, *, fall_back: bool
+) -> Commit | None:
+    try:
+        return await read_commit(backend, name, key)
+    except CorruptCheckpoint as error:
+        if not fall_back:
+            raise
+        warnings.warn(f"{error}; going on with the checkpoint before it", RuntimeWarning, stacklevel=2)
+        return None
+
+
+async def _read(backend: StorageBackend, path: str) -> bytes:
+    try:
+        return bytes(await backend.read(path))
+    except NotFound as error:
+        raise _damaged(Damage(path, None, 0, 0, "a file", "missing")) from error
+
+
+async def _check_length(backend: StorageBackend, path: str, length: int) -> None:
+    """Before a byte is read, so that nothing is allocated for a file that has grown."""
+    try:
+        size = await backend.size(path)
+    except NotFound as error:
+        raise _damaged(Damage(path, None, 0, 0, "a file", "missing")) from error
+    if size != length:
+        start, stop = sorted((size, length))
+        raise _damaged(Damage(path, None, start, stop, f"{length} bytes", f"{size} bytes"))
+
+
+def _check_sha256(path: str, data: bytes, expected: str) -> None:
+    actual = hashlib.sha256(data).hexdigest()
+    if actual != expected:
+        raise _damaged(Damage(path, None, 0, len(data), f"SHA-256 {expected}", f"SHA-256 {actual}"))
+
+
+def _check_repeats(path: str, length: int, expected: tuple[object, ...], actual: tuple[object, ...]) -> None:
+    if actual != expected:
+        raise _damaged(Damage(path, None, 0, length, f"that of {expected}", f"that of {actual}"))
+
+
+def _check_files(path: str, length: int, manifest: Manifest, part: Part) -> None:
+    """What a part uses must be what the manifest protects from being deleted, and what it says was written."""
+    used = {file.path.rpartition("/")[0] for file in part.files}
+    if not used <= set(manifest.uses):
+        raise _damaged(Damage(path, None, 0, length, f"files of {manifest.uses}", f"files of {sorted(used)}"))
+    written = sum(file.length for file in part.files if is_own(file, part.attempt))
+    promised = manifest.parts[part.rank].data_length
+    if written != promised:
+        raise _damaged(Damage(path, None, 0, length, f"a data file of {promised} bytes", f"of {written}"))
+
+
+def _damaged(damage: Damage) -> CorruptCheckpoint:
+    return CorruptCheckpoint(f"damaged: {damage}", [damage])

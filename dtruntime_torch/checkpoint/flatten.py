@@ -1,0 +1,220 @@
+"""The door from torch's types to specs: what a rank's state consists of, and where its data lies.
+
+A walk over the state gives the leaves; each tensor becomes a spec and its data as it lies on this rank, each other
+leaf a spec and its encoded value. Nothing is copied but what is no tensor, and nothing is changed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from dtruntime_torch.checkpoint import objects
+from dtruntime_torch.checkpoint.local_shard import (
+    BoxFinder,
+    check_plain,
+    dtype_name,
+    is_dtensor,
+    local_tensor,
+    require_member,
+)
+from dtruntime_torch.checkpoint.objects import Json
+from dtruntime_torch.checkpoint.specs import FlatSpecs, ObjectSpec, Path, TensorSpec
+from dtruntime_torch.checkpoint.stateful import Leaf, Survey
+from dtruntime_torch.checkpoint.traverse import Node, PerRank, is_ndarray
+from dtruntime_torch.errors import InvalidArgument, UnsupportedType
+
+__all__ = ["FlatState", "PerRank", "flatten_state"]
+
+
+@dataclass(frozen=True, slots=True)
+class FlatState:
+    """A state as one rank holds it.
+
+    Attributes:
+        specs: its structure.
+        tensors: fqn -> the data on this rank: a plain detached tensor of any stride and device, of the spec's
+            shape; it shares memory with the state wherever that is possible.
+        values: fqn -> the encoded value of what is no tensor.
+    """
+
+    specs: FlatSpecs
+    tensors: dict[str, torch.Tensor]
+    values: dict[str, Json]
+
+
+def flatten_state(state: object, rank: int) -> FlatState:
+    """Takes a state apart.
+
+    Args:
+        state: `{name: module | optimizer | anything with state_dict and load_state_dict | value}`, a plain (nested)
+            state dict, or bytes. `PerRank` may wrap what is in it.
+        rank: of this process among those that save.
+
+    Raises:
+        InvalidArgument: it is no such thing, two leaves have one name, or an optimizer's parameter has none.
+        UnsupportedType: it holds something that cannot be stored; the message names it by its key.
+
+    Example:
+        >>> flat = flatten_state({"layer": {"weight": torch.zeros(2, 3)}, "epoch": 4}, rank=0)
+        >>> [(spec.fqn, spec.global_shape) for spec in flat.specs.tensors], flat.values
+        ([('layer.weight', (2, 3))], {'epoch': 4})
+    """
+    survey = Survey(state)
+    collector = _Collector(rank, _owned_data(survey))
+    for leaf in survey.leaves():
+        collector.add(leaf)
+    return collector.collected()
+
+
+def _owned_data(survey: Survey) -> frozenset[Hashable]:
+    """The memory of the parameters of the state's optimizers; a DTensor's mesh tells what its optimizer would."""
+    plain = [(name, parameter) for name, parameter in survey.named_parameters() if not is_dtensor(parameter)]
+    for name, parameter in plain:
+        check_plain(parameter, name)
+    return frozenset(_memory(parameter) for _, parameter in plain)
+
+
+def _memory(tensor: torch.Tensor) -> Hashable:
+    """Equal for tensors that read the same memory alike."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+class _Collector:
+    def __init__(self, rank: int, owned: frozenset[Hashable]) -> None:
+        self._rank = rank
+        self._owned = owned
+        self._boxes = BoxFinder()
+        self._paths: dict[str, Path] = {}
+        self._first_at: dict[Hashable, str] = {}
+        self._tensor_specs: list[TensorSpec] = []
+        self._object_specs: list[ObjectSpec] = []
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._values: dict[str, Json] = {}
+
+    def collected(self) -> FlatState:
+        specs = FlatSpecs(tuple(self._tensor_specs), tuple(self._object_specs))
+        return FlatState(specs, self._tensors, self._values)
+
+    def add(self, leaf: Leaf) -> None:
+        node = leaf.node
+        if node.fqn in self._paths:
+            raise InvalidArgument(
+                f"two leaves of the state are called {node.fqn!r}: {_show(self._paths[node.fqn])} and "
+                f"{_show(node.path)}; rename one of them"
+            )
+        index = len(self._paths)
+        self._paths[node.fqn] = node.path
+        if isinstance(node.value, torch.Tensor):
+            self._add_tensor(node, index, leaf.owned)
+        elif type(node.value) is bytes:
+            self._add_bytes(node, index)
+        else:
+            self._add_object(node, index)
+
+    def _add_tensor(self, node: Node, index: int, owned: bool) -> None:
+        tensor = local_tensor(node.value, node.fqn)
+        box = self._boxes.find(node.value, node.fqn)
+        require_member(box, self._rank, node.fqn)
+        memory = _memory(tensor)
+        alias = self._first_at.setdefault((memory, box, node.per_rank), node.fqn) if tensor.numel() else node.fqn
+        self._tensors[node.fqn] = tensor
+        self._tensor_specs.append(
+            TensorSpec(
+                fqn=node.fqn,
+                path=node.path,
+                index=index,
+                dtype=dtype_name(tensor),
+                global_shape=tuple(node.value.shape),
+                offsets=box.offsets,
+                shape=box.shape,
+                layout=box.layout,
+                holders=box.holders,
+                spread=(owned or memory in self._owned) and not node.per_rank and box.holders is None,
+                per_rank=node.per_rank,
+                alias=None if alias == node.fqn else alias,
+            )
+        )
+
+    def _add_bytes(self, node: Node, index: int) -> None:
+        shape = (len(node.value),)
+        self._tensors[node.fqn] = tensor_of(node.value)
+        self._tensor_specs.append(
+            TensorSpec(
+                fqn=node.fqn,
+                path=node.path,
+                index=index,
+                dtype="uint8",
+                global_shape=shape,
+                offsets=(0,),
+                shape=shape,
+                per_rank=node.per_rank,
+                is_bytes=True,
+            )
+        )
+
+    def _add_object(self, node: Node, index: int) -> None:
+        if is_ndarray(node.value):
+            raise UnsupportedType(
+                f"{node.fqn}: a NumPy array cannot be stored; store torch.from_numpy(array) instead"
+            )
+        self._values[node.fqn] = objects.encode(_as_plain(node.value), where=node.fqn)
+        self._object_specs.append(ObjectSpec(node.fqn, node.path, index, node.per_rank))
+
+
+def tensor_of(data: bytes) -> torch.Tensor:
+    """The bytes as uint8; a copy, since a tensor cannot share memory that must not change."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def _show(path: Path) -> str:
+    return "".join(f"[{step.key!r}]" for step in path)
+
+
+def _as_plain(value: object, inside: tuple[int, ...] = ()) -> object:
+    """Makes dicts of what counts as dict, so that OrderedDicts can be encoded; what is no container stays."""
+    if id(value) in inside or len(inside) > objects.MAX_DEPTH:
+        return value
+    inside = (*inside, id(value))
+    if isinstance(value, Mapping) and type(value) is not Counter:
+        return {key: _as_plain(item, inside) for key, item in value.items()}
+    if type(value) is list:
+        return [_as_plain(item, inside) for item in value]
+    if type(value) is tuple:
+        return tuple(_as_plain(item, inside) for item in value)
+    return value
+
+
+def _dtype_named(name: object) -> torch.dtype:
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"torch has no dtype {name!r}")
+    return dtype
+
+
+def _device_named(name: object) -> torch.device:
+    if not isinstance(name, str):
+        raise TypeError(f"{name!r} names no device")
+    return torch.device(name)
+
+
+def _size_of(sizes: object) -> torch.Size:
+    if not isinstance(sizes, list):
+        raise TypeError(f"{sizes!r} is no list of sizes")
+    return torch.Size(sizes)
+
+
+def _counter_of(counts: object) -> Counter[object]:
+    if not isinstance(counts, dict):
+        raise TypeError(f"{counts!r} is no dict of counts")
+    return Counter(counts)
+
+
+objects.register_codec(torch.Size, "torch.Size", list, _size_of)
+objects.register_codec(torch.dtype, "torch.dtype", lambda dtype: str(dtype).removeprefix("torch."), _dtype_named)
+objects.register_codec(torch.device, "torch.device", str, _device_named)
+# MultiStepLR keeps its milestones in one.
+objects.register_codec(Counter, "collections.Counter", dict, _counter_of)

@@ -1,0 +1,78 @@
+"""What `save_async` gives back: the save that is under way, and what it cost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from typing import Any
+
+from dtruntime_torch.checkpoint.info import CheckpointInfo
+from dtruntime_torch.errors import BarrierTimeout
+
+
+@dataclass(slots=True)
+class SaveMetrics:
+    """What a save cost this rank. Each figure is there once its phase has ended.
+
+    Attributes:
+        staged_bytes: bytes copied into the arena.
+        written_bytes: bytes of the data file that this rank wrote.
+        wait_seconds: how long the call waited for the save before it.
+        staging_seconds: how long copying and digesting took.
+        stall_seconds: how long the call took altogether, waiting and staging included.
+        writing_seconds: how long making the part durable took, in the background.
+        commit_seconds: how long waiting for the other ranks and committing took, in the background.
+    """
+
+    staged_bytes: int = 0
+    written_bytes: int = 0
+    wait_seconds: float = 0.0
+    staging_seconds: float = 0.0
+    stall_seconds: float = 0.0
+    writing_seconds: float = 0.0
+    commit_seconds: float = 0.0
+
+
+class SaveHandle:
+    """A save that goes on in the background; awaitable."""
+
+    def __init__(self, step: int, metrics: SaveMetrics, future: Future[CheckpointInfo]) -> None:
+        self.step = step
+        self.metrics = metrics
+        self._future = future
+        self._seen = False
+
+    def result(self, timeout: float | None = None) -> CheckpointInfo:
+        """Waits for the commit.
+
+        Args:
+            timeout: seconds to wait; None waits as long as the save takes, which the manager's time-out bounds.
+
+        Raises:
+            BarrierTimeout: the save still goes on after `timeout` seconds.
+            DTRuntimeError: the save failed, with the reason.
+        """
+        if wait([self._future], timeout).not_done:
+            raise BarrierTimeout(f"the save of step {self.step} still goes on after {timeout} s; wait longer")
+        self._seen = True
+        return self._future.result()
+
+    def __await__(self) -> Generator[Any, None, CheckpointInfo]:
+        self._seen = True
+        return asyncio.wrap_future(self._future).__await__()
+
+    def done(self) -> bool:
+        """Whether the save has ended, well or not."""
+        return self._future.done()
+
+    def add_done_callback(self, callback: Callable[[SaveHandle], object]) -> None:
+        """Calls `callback(self)` when the save has ended, in the thread that ends it."""
+        self._future.add_done_callback(lambda _: callback(self))
+
+    def unseen_failure(self) -> BaseException | None:
+        """The error of a save that has ended and whose failure nobody was told of by `result` or `await`."""
+        if self._seen or not self._future.done():
+            return None
+        return self._future.exception()

@@ -1,0 +1,65 @@
+"""What a user is told of one committed checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dtruntime_torch.checkpoint.manifest import Manifest
+from dtruntime_torch.checkpoint.names import CommitKey
+from dtruntime_torch.checkpoint.objects import Json
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointInfo:
+    """One committed checkpoint.
+
+    Attributes:
+        name: the name that it was saved under.
+        step: the training step.
+        generation: the incarnation that saved it; of two the higher is the newer.
+        path: its folder, relative to the root of the storage.
+        nbytes: bytes of all its tensors.
+        written: bytes of data files that this save wrote.
+        full: whether it needs no other checkpoint's files.
+        sha256: of its manifest, in hex; with it every byte is pinned.
+        world_size: the number of ranks that saved it.
+        created: when its manifest was made, ISO 8601, by the clock of rank 0.
+        versions: of the packages that wrote it.
+        metadata: what the user gave to `save`.
+    """
+
+    name: str
+    step: int
+    generation: int
+    path: str
+    nbytes: int
+    written: int
+    full: bool
+    sha256: str
+    world_size: int
+    created: str
+    versions: dict[str, str] = field(hash=False)
+    metadata: Json = field(hash=False)
+
+    @property
+    def key(self) -> CommitKey:
+        """What orders checkpoints: (generation, step)."""
+        return CommitKey(self.generation, self.step)
+
+    @classmethod
+    def of(cls, manifest: Manifest, sha256: str) -> CheckpointInfo:
+        """Describes the checkpoint of a manifest whose SHA-256 is given in hex."""
+        return cls(
+            name=manifest.name,
+            step=manifest.step,
+            generation=manifest.generation,
+            path=f"{manifest.name}/{manifest.attempt}",
+            nbytes=manifest.nbytes,
+            written=manifest.written,
+            full=manifest.full,
+            sha256=sha256,
+            world_size=manifest.world_size,
+            created=manifest.created,
+            versions=dict(manifest.versions),
+            metadata=manifest.metadata,
+        )

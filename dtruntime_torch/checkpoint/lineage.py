@@ -1,0 +1,49 @@
+"""What one manager knows of its own line of checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dtruntime_torch.checkpoint.names import CommitKey
+from dtruntime_torch.errors import InvalidArgument
+
+
+@dataclass(slots=True)
+class Lineage:
+    """Where the next save of a manager stands; every rank keeps the same.
+
+    Attributes:
+        loaded: whether a checkpoint was loaded, so that saves go on from it.
+        seen: the newest commit that there was when it was loaded.
+        generation: claimed for this line, or None before its first save.
+        parent: the last commit that this manager knows of.
+        last_step: the highest step of this generation whose commit is decided or unknown.
+    """
+
+    loaded: bool = False
+    seen: CommitKey | None = None
+    generation: int | None = None
+    parent: CommitKey | None = None
+    last_step: int = -1
+
+    def follow(self, loaded: CommitKey, newest: CommitKey) -> None:
+        """Goes on from a checkpoint; the next save claims a generation of its own.
+
+        Args:
+            loaded: what was loaded.
+            newest: the newest commit that there was at that time.
+        """
+        self.loaded, self.seen, self.parent = True, newest, loaded
+        self.generation, self.last_step = None, -1
+
+    def check_step(self, step: int) -> None:
+        """Refuses a step that does not rise.
+
+        Raises:
+            InvalidArgument: naming both steps.
+        """
+        if step <= self.last_step:
+            raise InvalidArgument(
+                f"step {step} is not above {self.last_step}, the last step that this manager saved; "
+                f"steps must rise; to go back, load an earlier checkpoint first"
+            )

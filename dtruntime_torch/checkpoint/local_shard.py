@@ -1,0 +1,205 @@
+"""What of a tensor lies on this rank: torch's tensor types on one side, a box of plain numbers on the other."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
+
+import torch
+
+from dtruntime_torch.checkpoint import dtypes
+from dtruntime_torch.checkpoint.specs import Shape
+from dtruntime_torch.errors import InvalidArgument, UnsupportedType
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.placement_types import Placement
+
+    Placements = tuple[Placement, ...]
+
+
+class Box(NamedTuple):
+    """Where a rank's shard lies in the whole tensor.
+
+    Attributes:
+        offsets: where it starts.
+        shape: its own shape.
+        layout: mesh and placements, alike on all ranks of the mesh; "" for a plain tensor.
+        holders: the ranks that hold the same shard, ascending; None for a plain tensor.
+    """
+
+    offsets: Shape
+    shape: Shape
+    layout: str
+    holders: tuple[int, ...] | None
+
+
+class BoxFinder:
+    """Finds boxes, each kind of sharding once: a model has many tensors of few kinds."""
+
+    def __init__(self) -> None:
+        self._found: dict[Hashable, Box] = {}
+
+    def find(self, tensor: torch.Tensor, where: str) -> Box:
+        """The box of a tensor on this rank.
+
+        Args:
+            tensor: plain, or a DTensor.
+            where: its name, for the error.
+
+        Raises:
+            UnsupportedType: it is a DTensor whose shard is no box, or that is not there yet (Partial).
+        """
+        shape = tuple(tensor.shape)
+        if not is_dtensor(tensor):
+            return Box((0,) * len(shape), shape, "", None)
+        key = (shape, tensor.device_mesh, tensor.placements)
+        if key not in self._found:
+            self._found[key] = _find_box(shape, tensor.device_mesh, tensor.placements, where)
+        box = self._found[key]
+        if tuple(tensor.to_local().shape) != box.shape:
+            raise UnsupportedType(
+                f"{where}: the local shard has shape {list(tensor.to_local().shape)}, and the placements "
+                f"{tensor.placements} of a tensor of shape {list(shape)} give {list(box.shape)}"
+            )
+        return box
+
+
+def is_dtensor(value: object) -> TypeGuard[DTensor]:
+    """Whether the value is a DTensor, told without importing what only who has one needs."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def local_tensor(tensor: torch.Tensor, where: str) -> torch.Tensor:
+    """The data of a tensor on this rank: detached, of any stride, sharing memory where that is possible.
+
+    Raises:
+        UnsupportedType: it has no data that could be stored as it is; the message says what to do.
+    """
+    check_dtype(tensor, where)
+    if not is_dtensor(tensor):
+        check_plain(tensor, where)
+        return tensor.detach().resolve_conj().resolve_neg()
+    local = tensor.detach().to_local()
+    if hasattr(local, "wait"):
+        local = local.wait()
+    check_plain(local, where)
+    return local.resolve_conj().resolve_neg()
+
+
+def check_dtype(tensor: torch.Tensor, where: str) -> None:
+    """Refuses a dtype that cannot be stored.
+
+    Raises:
+        UnsupportedType: says how to store such a tensor.
+    """
+    if tensor.is_quantized:
+        raise UnsupportedType(
+            f"{where}: a quantized tensor cannot be stored; store tensor.int_repr() with its scale and zero point, "
+            f"or tensor.dequantize()"
+        )
+    if not dtypes.is_known(dtype_name(tensor)):
+        raise UnsupportedType(
+            f"{where}: a tensor of {tensor.dtype} cannot be stored; store tensor.view(torch.uint8) instead"
+        )
+
+
+def dtype_name(tensor: torch.Tensor) -> str:
+    """A tensor's dtype as specs name it: "bfloat16"."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def check_plain(tensor: torch.Tensor, where: str) -> None:
+    """Refuses what is no strided tensor with data of its own.
+
+    Raises:
+        UnsupportedType: says what to store instead.
+    """
+    if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
+        raise UnsupportedType(f"{where}: a lazy parameter has no shape yet; run a forward pass first")
+    if tensor.is_meta:
+        raise UnsupportedType(
+            f"{where}: a meta tensor has no data; give its module memory first (module.to_empty(device=...))"
+        )
+    if tensor.is_nested:
+        raise UnsupportedType(f"{where}: a nested tensor cannot be stored; store its values and offsets")
+    if tensor.layout is not torch.strided:
+        raise UnsupportedType(
+            f"{where}: a tensor of layout {tensor.layout} cannot be stored; store tensor.to_dense(), or its "
+            f"indices and values"
+        )
+    if _is_sharded_tensor(tensor):
+        raise UnsupportedType(
+            f"{where}: FSDP1's ShardedTensor cannot be stored; shard the model with "
+            f"torch.distributed.fsdp.fully_shard (FSDP2) instead"
+        )
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise UnsupportedType(
+            f"{where}: a {type(tensor).__qualname__} is a wrapper around other tensors and cannot be stored as "
+            f"one; store those"
+        )
+
+
+def _is_sharded_tensor(tensor: torch.Tensor) -> bool:
+    return any(c.__name__ == "ShardedTensorBase" for c in type(tensor).__mro__)
+
+
+def _find_box(shape: Shape, mesh: DeviceMesh, placements: Placements, where: str) -> Box:
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    if any(placement.is_partial() for placement in placements):
+        raise UnsupportedType(
+            f"{where}: a DTensor with the placements {placements} is not summed up yet; redistribute it to "
+            f"Replicate() or Shard(...) first"
+        )
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        raise UnsupportedType(
+            f"{where}: this rank is not in the DTensor's mesh {mesh}; leave the tensor out of its state"
+        )
+    _check_is_box(shape, mesh, placements, coordinate, where)
+    local_shape, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
+    sharded = [not placement.is_replicate() for placement in placements]
+    same = tuple(at if cut else slice(None) for at, cut in zip(coordinate, sharded, strict=True))
+    holders = tuple(sorted(mesh.mesh[same].flatten().tolist()))
+    layout = f"mesh {mesh.mesh.tolist()}: {', '.join(map(repr, placements))}"
+    return Box(tuple(offsets), tuple(local_shape), layout, holders)
+
+
+def _check_is_box(
+    shape: Shape, mesh: DeviceMesh, placements: Placements, coordinate: list[int], where: str
+) -> None:
+    """Refuses a shard whose rows do not lie side by side in the whole tensor; torch gives such a one an offset."""
+    if all(placement.is_replicate() or placement.is_shard() for placement in placements):
+        return
+    rows: dict[int, torch.Tensor] = {}
+    for size, placement, at in zip(mesh.shape, placements, coordinate, strict=True):
+        if not placement.is_replicate():
+            dim = placement.dim  # type: ignore[attr-defined]  # all but Replicate and Partial have one
+            kept = rows.get(dim, torch.arange(shape[dim])).view(*[1] * dim, -1)
+            pieces, _ = placement._split_tensor(  # type: ignore[attr-defined]
+                kept, size, with_padding=False, contiguous=False
+            )
+            rows[dim] = pieces[at].flatten()
+    for kept in rows.values():
+        if len(kept) and not torch.equal(kept, torch.arange(int(kept[0]), int(kept[0]) + len(kept))):
+            raise UnsupportedType(
+                f"{where}: with the placements {placements} the shard of a rank is no box of the whole tensor; "
+                f"redistribute it to Shard(...) first"
+            )
+
+
+def require_member(box: Box, rank: int, where: str) -> None:
+    """Refuses a DTensor whose mesh counts ranks otherwise than the process group that saves.
+
+    Raises:
+        InvalidArgument: the rank is not among the holders of its own shard.
+    """
+    if box.holders is not None and rank not in box.holders:
+        raise InvalidArgument(
+            f"{where}: by its mesh the shard lies on ranks {list(box.holders)}, but this is rank {rank} of those "
+            f"that save; save with the process group whose ranks the mesh was made of"
+        )

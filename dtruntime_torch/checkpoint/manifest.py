@@ -1,0 +1,173 @@
+"""The JSON files of a checkpoint, to bytes and back. Pure: no I/O, no clock.
+
+Encoding is canonical, so that equal records have equal bytes and one SHA-256. Decoding trusts nothing: the types
+of the fields in `record_json`, what they say together in `checks`. docs/FORMAT.md is the specification.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from dtruntime_torch.checkpoint import checks, record_json, strict_json
+from dtruntime_torch.checkpoint.objects import Json
+from dtruntime_torch.checkpoint.records import (
+    Commit,
+    FileRef,
+    Generation,
+    Manifest,
+    ObjectEntry,
+    Part,
+    PartRef,
+    TensorEntry,
+)
+from dtruntime_torch.checkpoint.strict_json import Fields, Refused
+from dtruntime_torch.errors import CorruptCheckpoint, Damage, InvalidArgument
+
+__all__ = [
+    "Commit",
+    "FileRef",
+    "Generation",
+    "Manifest",
+    "ObjectEntry",
+    "Part",
+    "PartRef",
+    "TensorEntry",
+    "decode_commit",
+    "decode_generation",
+    "decode_manifest",
+    "decode_part",
+    "encode_commit",
+    "encode_generation",
+    "encode_manifest",
+    "encode_part",
+]
+
+VERSION = 1
+
+R = TypeVar("R")
+
+
+def encode_part(part: Part) -> bytes:
+    """Encodes a part canonically.
+
+    Raises:
+        InvalidArgument: `decode_part` would refuse it; the message says why.
+    """
+    return _encode("part", part, checks.check_part, record_json.part_to_json)
+
+
+def decode_part(data: bytes, source: str) -> Part:
+    """Decodes what `encode_part` gave.
+
+    Args:
+        data: trusted in nothing.
+        source: path of the file, for the error.
+
+    Raises:
+        CorruptCheckpoint: it is no part, contradicts itself, or is of a newer version.
+    """
+    return _decode("part", data, source, record_json.part_from, checks.check_part)
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """Encodes a manifest canonically.
+
+    Raises:
+        InvalidArgument: `decode_manifest` would refuse it; the message says why.
+    """
+    return _encode("manifest", manifest, checks.check_manifest, record_json.manifest_to_json)
+
+
+def decode_manifest(data: bytes, source: str) -> Manifest:
+    """Decodes what `encode_manifest` gave.
+
+    Args:
+        data: trusted in nothing.
+        source: path of the file, for the error.
+
+    Raises:
+        CorruptCheckpoint: it is no manifest, contradicts itself, is of a newer version, or requires a feature that
+            this version does not know.
+    """
+    return _decode("manifest", data, source, record_json.manifest_from, checks.check_manifest)
+
+
+def encode_commit(commit: Commit) -> bytes:
+    """Encodes a commit canonically.
+
+    Raises:
+        InvalidArgument: `decode_commit` would refuse it; the message says why.
+
+    Example:
+        >>> encode_commit(Commit("model", 7, 100, "", "", void=True))[:38]
+        b'{"attempt":"","format":"dtruntime.comm'
+    """
+    return _encode("commit", commit, checks.check_commit, record_json.commit_to_json)
+
+
+def decode_commit(data: bytes, source: str) -> Commit:
+    """Decodes what `encode_commit` gave.
+
+    Args:
+        data: trusted in nothing.
+        source: path of the file, for the error.
+
+    Raises:
+        CorruptCheckpoint: it is no commit, contradicts itself, or is of a newer version.
+    """
+    return _decode("commit", data, source, record_json.commit_from, checks.check_commit)
+
+
+def encode_generation(generation: Generation) -> bytes:
+    """Encodes a generation record canonically.
+
+    Raises:
+        InvalidArgument: `decode_generation` would refuse it; the message says why.
+    """
+    return _encode("generation", generation, checks.check_generation, record_json.generation_to_json)
+
+
+def decode_generation(data: bytes, source: str) -> Generation:
+    """Decodes what `encode_generation` gave.
+
+    Args:
+        data: trusted in nothing.
+        source: path of the file, for the error.
+
+    Raises:
+        CorruptCheckpoint: it is no generation record, or is of a newer version.
+    """
+    return _decode("generation", data, source, record_json.generation_from, checks.check_generation)
+
+
+def _encode(
+    kind: str, record: R, check: Callable[[R], None], to_json: Callable[[R], dict[str, Json]]
+) -> bytes:
+    try:
+        check(record)
+        return strict_json.dump({"format": f"dtruntime.{kind}", "version": VERSION, **to_json(record)})
+    except ValueError as error:
+        raise InvalidArgument(f"this {kind} cannot be written, no reader would take it: {error}") from error
+
+
+def _decode(
+    kind: str, data: bytes, source: str, read: Callable[[Fields], R], check: Callable[[R], None]
+) -> R:
+    try:
+        fields = strict_json.parse(data)
+        _check_version(fields, kind)
+        record = read(fields)
+        check(record)
+        return record
+    except (Refused, CorruptCheckpoint) as error:
+        damage = Damage(source, None, 0, len(data), f"a valid {kind}", str(error))
+        raise CorruptCheckpoint(f"{source} is no valid {kind}: {error}", [damage]) from error
+
+
+def _check_version(fields: Fields, kind: str) -> None:
+    found = fields.string("format")
+    if found != f"dtruntime.{kind}":
+        raise Refused(f"its format is {found[:60]!r}, not 'dtruntime.{kind}'")
+    if fields.integer("version") != VERSION:
+        raise Refused(f"its version is {fields.integer('version')}, not {VERSION}; upgrade dtruntime_torch")

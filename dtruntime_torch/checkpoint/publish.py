@@ -1,0 +1,226 @@
+"""The second half of a save: a staged snapshot becomes a durable part, and all parts one commit.
+
+It runs in the background, on every rank. Open the attempt, write the part, arrive; the leader decides and
+commits; everybody learns how it ended. Arriving is irrevocable: from there on only the leader's word counts.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+
+import torch
+
+from dtruntime_torch import errors
+from dtruntime_torch._version import __version__
+from dtruntime_torch.checkpoint import commit, shard_file
+from dtruntime_torch.checkpoint.handle import SaveMetrics
+from dtruntime_torch.checkpoint.info import CheckpointInfo
+from dtruntime_torch.checkpoint.layout import Layout
+from dtruntime_torch.checkpoint.lineage import Lineage
+from dtruntime_torch.checkpoint.manifest import Manifest, PartRef
+from dtruntime_torch.checkpoint.names import Attempt
+from dtruntime_torch.checkpoint.objects import Json
+from dtruntime_torch.checkpoint.specs import SavePlan
+from dtruntime_torch.errors import BarrierTimeout, CommitConflict, CommitUnknown, InvalidArgument, SaveFailed
+from dtruntime_torch.membership import Membership
+from dtruntime_torch.storage import StorageBackend, run_sync
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A state as it was when the save was called.
+
+    Attributes:
+        key: the save's prefix in the Store.
+        step: the training step.
+        plan: what this rank writes.
+        layout: where it lies in `image`.
+        image: the data file, ready to be written; unchanged until the save has ended.
+        digests: of its chunks, in the order of the layout.
+        chunk_bytes: bytes of a chunk.
+        values: fqn -> encoded object, for the objects of the plan.
+        metadata: the user's.
+        metrics: to be filled in.
+    """
+
+    key: str
+    step: int
+    plan: SavePlan
+    layout: Layout
+    image: memoryview
+    digests: bytes
+    chunk_bytes: int
+    values: Mapping[str, Json]
+    metadata: Json
+    metrics: SaveMetrics
+
+
+class Publisher:
+    """Makes the snapshots of one manager checkpoints.
+
+    Args:
+        backend: where to.
+        name: under which name.
+        members: the ranks that save together.
+        lineage: read for the generation and the parent, advanced by every save that ends.
+    """
+
+    def __init__(self, backend: StorageBackend, name: str, members: Membership, lineage: Lineage) -> None:
+        self._backend = backend
+        self._name = name
+        self._members = members
+        self._lineage = lineage
+        self._last_attempt: Attempt | None = None
+        self._leftovers: list[Attempt] = []
+
+    def publish(self, snapshot: Snapshot) -> CheckpointInfo:
+        """Writes this rank's part and waits for the commit.
+
+        Raises:
+            SaveFailed: a rank could not write its part; the files are deleted.
+            BarrierTimeout: ranks did not arrive, or the leader's answer did not.
+            CommitConflict: another job committed in this place, or replaced this one.
+            CommitUnknown: storage never said whether the commit took effect; nothing is deleted.
+        """
+        self._clean_up()
+        barrier = self._members.barrier
+        opened = barrier.announce(f"{snapshot.key}/attempt", lambda: self._open(snapshot.step))
+        attempt = Attempt(**json.loads(opened))
+        arrival = self._write(snapshot, attempt)
+        began = time.perf_counter()
+        try:
+            answer = barrier.meet(
+                f"{snapshot.key}/commit", arrival, lambda values: self._decide(snapshot, attempt, values)
+            )
+        except BarrierTimeout as error:
+            if error.decided:
+                self._give_back(attempt)
+            else:
+                self._lineage.last_step = snapshot.step
+            raise
+        snapshot.metrics.commit_seconds = time.perf_counter() - began
+        return self._conclude(attempt, json.loads(answer))
+
+    def _open(self, step: int) -> bytes:
+        """Names the attempt; on the leader."""
+        generation = self._lineage.generation
+        if generation is None:
+            raise InvalidArgument("no generation is claimed; a save claims one before it is published")
+        run_sync(commit.check_not_replaced(self._backend, self._name, generation))
+        number = 1
+        if self._last_attempt is not None and self._last_attempt.key == (generation, step):
+            number = self._last_attempt.number + 1
+        self._last_attempt = Attempt(generation, step, number)
+        return json.dumps(asdict(self._last_attempt)).encode()
+
+    def _write(self, snapshot: Snapshot, attempt: Attempt) -> bytes:
+        """Makes this rank's part durable; returns what to say on arrival, of a failure too."""
+        began = time.perf_counter()
+        try:
+            if attempt.step != snapshot.step:
+                raise InvalidArgument(f"it saves step {snapshot.step} while rank 0 saves step {attempt.step}")
+            part = run_sync(
+                shard_file.write_shard(
+                    self._backend,
+                    self._name,
+                    attempt,
+                    snapshot.plan,
+                    snapshot.layout,
+                    snapshot.image,
+                    snapshot.digests,
+                    snapshot.chunk_bytes,
+                    snapshot.values,
+                )
+            )
+        except Exception as error:
+            logger.error("the part of step %d could not be written: %s", snapshot.step, error)
+            return failed_arrival(error)
+        snapshot.metrics.writing_seconds = time.perf_counter() - began
+        snapshot.metrics.written_bytes = snapshot.layout.length
+        nbytes = sum(slot.nbytes for slot in snapshot.layout.slots)
+        return json.dumps({"part": asdict(part), "nbytes": nbytes}).encode()
+
+    def _decide(self, snapshot: Snapshot, attempt: Attempt, values: Sequence[bytes]) -> bytes:
+        """Commits if every rank made its part durable; on the leader, once all have arrived."""
+        arrivals = [json.loads(value) for value in values]
+        failures = [
+            f"rank {rank}: {arrival['error']['message']}"
+            for rank, arrival in enumerate(arrivals)
+            if "error" in arrival
+        ]
+        if failures:
+            return _outcome("aborted", f"the save of step {attempt.step} was given up: {'; '.join(failures)}")
+        manifest = Manifest(
+            name=self._name,
+            generation=attempt.generation,
+            step=attempt.step,
+            attempt=attempt.path,
+            run_id=self._members.run_id,
+            parent=self._lineage.parent,
+            world_size=self._members.world_size,
+            full=True,
+            uses=(attempt.path,),
+            requires=(),
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            versions={"dtruntime_torch": __version__, "torch": str(torch.__version__)},
+            metadata=snapshot.metadata,
+            nbytes=sum(arrival["nbytes"] for arrival in arrivals),
+            written=sum(arrival["part"]["data_length"] for arrival in arrivals),
+            parts=tuple(PartRef(**arrival["part"]) for arrival in arrivals),
+        )
+        outcome = run_sync(commit.commit(self._backend, manifest))
+        return _outcome(
+            outcome.kind, outcome.message, CheckpointInfo.of(manifest, outcome.manifest_sha256)
+        )
+
+    def _conclude(self, attempt: Attempt, answer: dict[str, Json]) -> CheckpointInfo:
+        kind, message = answer["kind"], str(answer["message"])
+        if kind == "aborted":
+            self._give_back(attempt)
+            raise SaveFailed(message)
+        self._lineage.last_step = attempt.step
+        if kind == "lost":
+            raise CommitConflict(message)
+        if kind == "unknown":
+            raise CommitUnknown(message)
+        info = CheckpointInfo(**answer["info"])  # type: ignore[arg-type]
+        self._lineage.parent = info.key
+        return info
+
+    def _give_back(self, attempt: Attempt) -> None:
+        """Deletes this rank's files of an attempt that can never be committed."""
+        self._leftovers.append(attempt)
+        self._clean_up()
+
+    def _clean_up(self) -> None:
+        """Finishes the deletes that are left over: a full disk heals itself with the next save."""
+        remaining = []
+        for attempt in self._leftovers:
+            try:
+                run_sync(
+                    shard_file.delete_shard(
+                        self._backend, self._name, attempt, self._members.rank, self._members.world_size
+                    )
+                )
+            except errors.StorageError as error:
+                logger.warning("files of %s are left over, to be deleted later: %s", attempt.path, error)
+                remaining.append(attempt)
+        self._leftovers = remaining
+
+
+def failed_arrival(error: BaseException) -> bytes:
+    """What a rank says on arrival when it has no part to offer."""
+    return json.dumps({"error": errors.to_record(error)}).encode()
+
+
+def _outcome(kind: str, message: str, info: CheckpointInfo | None = None) -> bytes:
+    return json.dumps(
+        {"kind": kind, "message": message, "info": None if info is None else asdict(info)}
+    ).encode()

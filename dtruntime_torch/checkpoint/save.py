@@ -1,0 +1,196 @@
+"""The first half of a save, in the caller's thread; `publish` is the second.
+
+Flatten the state, agree on its structure with the other ranks (only when it changed), claim a generation (only
+before the first save), stage. When `Saver.start` returns, every byte is in the arena and the state may change.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+from dtruntime_torch import _C
+from dtruntime_torch.checkpoint import commit, groups
+from dtruntime_torch.checkpoint.flatten import FlatState, flatten_state
+from dtruntime_torch.checkpoint.handle import SaveHandle, SaveMetrics
+from dtruntime_torch.checkpoint.info import CheckpointInfo
+from dtruntime_torch.checkpoint.layout import Layout, make_layout
+from dtruntime_torch.checkpoint.lineage import Lineage
+from dtruntime_torch.checkpoint.objects import Json
+from dtruntime_torch.checkpoint.publish import Publisher, Snapshot, failed_arrival
+from dtruntime_torch.checkpoint.save_plan import make_save_plan
+from dtruntime_torch.checkpoint.specs import SavePlan
+from dtruntime_torch.checkpoint.staging import stage
+from dtruntime_torch.membership import Membership
+from dtruntime_torch.storage import StorageBackend, run_sync
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """What the ranks agreed on for states of one signature."""
+
+    signature: str
+    plan: SavePlan
+    layout: Layout
+
+
+class Saver:
+    """Saves the states of one manager, one at a time.
+
+    Args:
+        backend: where to.
+        name: under which name.
+        members: the ranks that save together.
+        lineage: where this manager stands.
+        chunk_bytes: bytes of a chunk.
+    """
+
+    def __init__(
+        self, backend: StorageBackend, name: str, members: Membership, lineage: Lineage, chunk_bytes: int
+    ) -> None:
+        self._backend = backend
+        self._name = name
+        self._members = members
+        self._lineage = lineage
+        self._chunk_bytes = chunk_bytes
+        self._publisher = Publisher(backend, name, members, lineage)
+        self._arena = _C.Arena(0)
+        self._structure: Structure | None = None
+        self._sequence = 0
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dtruntime-save")
+        self._background: Future[CheckpointInfo] | None = None
+        self._handle: SaveHandle | None = None
+
+    def prepare(self, state: object) -> None:
+        """Agrees on the structure of `state` and makes room for it, so that the first save finds it done."""
+        self.wait()
+        key = self._next_key()
+        try:
+            self._agree(key, flatten_state(state, self._members.rank))
+        except BaseException as error:
+            self._decline(key, error)
+            raise
+
+    def start(self, state: object, step: int, metadata: Json) -> SaveHandle:
+        """Takes the snapshot and lets the rest go on in the background."""
+        began = time.perf_counter()
+        metrics = SaveMetrics()
+        self.wait()
+        self._warn_of_failure()
+        metrics.wait_seconds = time.perf_counter() - began
+        key = self._next_key()
+        try:
+            snapshot = self._take(key, state, step, metadata, metrics)
+        except BaseException as error:
+            self._decline(key, error)
+            raise
+        self._background = self._executor.submit(self._publish, snapshot)
+        self._handle = SaveHandle(step, metrics, self._background)
+        metrics.stall_seconds = time.perf_counter() - began
+        return self._handle
+
+    def wait(self) -> None:
+        """Waits for the save that is under way, whatever becomes of it."""
+        if self._background is not None:
+            wait([self._background])
+
+    def close(self) -> None:
+        """Waits for the save that is under way and gives the memory back.
+
+        Raises:
+            DTRuntimeError: the last save failed and nobody was told yet.
+        """
+        self._executor.shutdown(wait=True)
+        self._background = None
+        self._arena = _C.Arena(0)
+        handle, self._handle = self._handle, None
+        failure = handle.unseen_failure() if handle is not None else None
+        if failure is not None:
+            raise failure
+
+    def _next_key(self) -> str:
+        self._sequence += 1
+        return f"save/{self._sequence}"
+
+    def _take(self, key: str, state: object, step: int, metadata: Json, metrics: SaveMetrics) -> Snapshot:
+        self._lineage.check_step(step)
+        flat = flatten_state(state, self._members.rank)
+        structure = self._agree(key, flat)
+        self._claim_generation(key, step)
+        began = time.perf_counter()
+        layout = structure.layout
+        digests = stage(self._arena, layout, flat.tensors, self._chunk_bytes)
+        metrics.staging_seconds = time.perf_counter() - began
+        metrics.staged_bytes = sum(slot.nbytes for slot in layout.slots)
+        return Snapshot(
+            key=key,
+            step=step,
+            plan=structure.plan,
+            layout=layout,
+            image=memoryview(self._arena)[: layout.length],
+            digests=digests,
+            chunk_bytes=self._chunk_bytes,
+            values={spec.fqn: flat.values[spec.fqn] for spec in structure.plan.objects},
+            metadata=metadata,
+            metrics=metrics,
+        )
+
+    def _agree(self, key: str, flat: FlatState) -> Structure:
+        signature = groups.signature(flat.specs)
+        if self._structure is None or self._structure.signature != signature:
+            self._structure = None
+            learnt = groups.learn(
+                self._members.barrier, f"{key}/groups", flat.specs, busy_key=f"{key}/commit"
+            )
+            rank, world_size = self._members.rank, self._members.world_size
+            plan = make_save_plan(rank, world_size, flat.specs, learnt.specs, learnt.members)
+            layout = make_layout(plan)
+            self._make_room(layout.length)
+            self._structure = Structure(signature, plan, layout)
+        return self._structure
+
+    def _make_room(self, nbytes: int) -> None:
+        try:
+            self._arena.resize(nbytes)
+        except BufferError:
+            # The traceback of a failed save may still look at the old one, which lives as long as that.
+            self._arena = _C.Arena(nbytes)
+
+    def _claim_generation(self, key: str, step: int) -> None:
+        if self._lineage.generation is not None:
+            return
+
+        def claim() -> bytes:
+            seen, loaded = self._lineage.seen, self._lineage.loaded
+            claimed = commit.claim_generation(
+                self._backend, self._name, self._members.run_id, seen, loaded, step
+            )
+            return str(run_sync(claimed)).encode()
+
+        self._lineage.generation = int(self._members.barrier.announce(f"{key}/generation", claim))
+
+    def _decline(self, key: str, error: BaseException) -> None:
+        """Tells the other ranks that this one does not take part, so that none waits for it in vain."""
+        self._structure = None
+        barrier = self._members.barrier
+        barrier.decline(f"{key}/groups", error)
+        barrier.decline(f"{key}/commit", failed_arrival(error))
+
+    def _publish(self, snapshot: Snapshot) -> CheckpointInfo:
+        try:
+            return self._publisher.publish(snapshot)
+        except BaseException as error:
+            # The ranks may have come to differ in structure: the next save asks all of them again.
+            self._structure = None
+            logger.error("the save of step %d failed: %s", snapshot.step, error)
+            raise
+
+    def _warn_of_failure(self) -> None:
+        failure = self._handle.unseen_failure() if self._handle is not None else None
+        if failure is not None:
+            warnings.warn(f"the save before this one failed: {failure}", RuntimeWarning, stacklevel=4)

@@ -1,0 +1,132 @@
+"""Every error that this package raises, on one page.
+
+Each derives from `DTRuntimeError` and from the built-in that it specialises, so that both
+`except DTRuntimeError` and `except FileNotFoundError` do what a reader expects. A message says what
+happened, to which file, tensor or rank, and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class DTRuntimeError(Exception):
+    """The base of all errors of this package."""
+
+
+class InvalidArgument(DTRuntimeError, ValueError):
+    """An argument is out of range or contradicts another; nothing was changed."""
+
+
+class UnsupportedType(DTRuntimeError, TypeError):
+    """A state holds something that cannot be stored; the message names its key and its type."""
+
+
+class MissingExtra(DTRuntimeError, ImportError):
+    """An optional dependency is not installed; the message names the extra that brings it."""
+
+
+class StorageError(DTRuntimeError, OSError):
+    """The storage refused or failed a call; whether the call took effect is unknown."""
+
+
+class NotFound(StorageError, FileNotFoundError):
+    """There is nothing at that path."""
+
+
+class AlreadyExists(StorageError, FileExistsError):
+    """A create found something at that path, and what it found is durable."""
+
+
+class CheckpointNotFound(DTRuntimeError, FileNotFoundError):
+    """No committed checkpoint answers the request."""
+
+
+class CheckpointMismatch(DTRuntimeError, ValueError):
+    """A checkpoint's names, shapes or dtypes differ from the state's; the message lists every difference."""
+
+
+class CommitConflict(DTRuntimeError, RuntimeError):
+    """Another job committed here, or replaced this one; the message says who and how to go on."""
+
+
+class CommitUnknown(DTRuntimeError, RuntimeError):
+    """Storage never said whether the commit took effect; nothing was deleted."""
+
+
+class SaveFailed(DTRuntimeError, RuntimeError):
+    """A save was given up before its commit; the message says which ranks failed and why."""
+
+
+class LoadFailed(DTRuntimeError, RuntimeError):
+    """A load was given up by all ranks together; the message says which ranks failed and why."""
+
+
+class BarrierTimeout(DTRuntimeError, TimeoutError):
+    """Ranks did not arrive in time; the message names them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """One damaged range of one file.
+
+    Attributes:
+        file: path of the file, relative to the root of the storage.
+        tensor: fqn of the tensor that the range belongs to, or None for a header, a manifest or a commit.
+        start: first damaged byte in the file.
+        stop: one past the last damaged byte in the file.
+        expected: what should be there: a digest or a length.
+        actual: what is there.
+    """
+
+    file: str
+    tensor: str | None
+    start: int
+    stop: int
+    expected: str
+    actual: str
+
+    def __str__(self) -> str:
+        what = f" (tensor {self.tensor})" if self.tensor is not None else ""
+        return (
+            f"{self.file} bytes [{self.start}, {self.stop}){what}: "
+            f"expected {self.expected}, found {self.actual}"
+        )
+
+
+class CorruptCheckpoint(DTRuntimeError, ValueError):
+    """What is on storage is not what was committed.
+
+    Attributes:
+        damage: every damaged range that was found.
+    """
+
+    def __init__(self, message: str, damage: Sequence[Damage] = ()) -> None:
+        super().__init__(message)
+        self.damage = tuple(damage)
+
+
+def to_record(error: BaseException) -> dict[str, str]:
+    """Describes an error so that another rank can raise the like of it.
+
+    Returns:
+        The name of its class and its message. A class that is not ours becomes `SaveFailed`'s message.
+    """
+    name = type(error).__name__
+    if isinstance(error, DTRuntimeError) and name in globals():
+        return {"type": name, "message": str(error)}
+    return {"type": "", "message": f"{name}: {error}"}
+
+
+def from_record(record: dict[str, str], fallback: type[DTRuntimeError]) -> DTRuntimeError:
+    """Makes the error that `to_record` described.
+
+    Args:
+        record: what `to_record` returned, on any rank.
+        fallback: the class to raise where the original was none of ours.
+    """
+    kind = globals().get(record.get("type", ""), fallback)
+    if not (isinstance(kind, type) and issubclass(kind, DTRuntimeError)):
+        kind = fallback
+    return kind(record.get("message", ""))

@@ -1,0 +1,156 @@
+"""Checkpoints in a training loop: what to save, when, and how to go on exactly where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from typing import Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+
+from dtruntime_torch.checkpoint.flatten import PerRank
+from dtruntime_torch.checkpoint.handle import SaveHandle
+from dtruntime_torch.errors import CheckpointNotFound, InvalidArgument
+from dtruntime_torch.manager import CheckpointManager
+from dtruntime_torch.rng import RngState
+from dtruntime_torch.sampler import ElasticDistributedSampler
+
+Batch = TypeVar("Batch")
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """What has a state that can be taken and put back."""
+
+    def state_dict(self) -> dict[str, object]: ...
+
+    def load_state_dict(self, state_dict: dict[str, object]) -> object: ...
+
+
+class CheckpointHook:
+    """Saves everything that a training loop needs to go on bit for bit, every few steps.
+
+    Saved are model, optimizer, scheduler, sampler, whatever is in `extra`, and on each rank the state of the random
+    number generators of Python, NumPy, torch and every device.
+
+    Args:
+        manager: saves and loads; the hook does not close it.
+        model: as it is trained, wrapped or not.
+        optimizer: one, or several.
+        scheduler: of the learning rate; it belongs to the step, so step it before `hook.step()`.
+        sampler: whose position is saved; `track` counts it.
+        every_n_steps: optimizer steps from save to save.
+        extra: name -> value, or anything with `state_dict` (GradScaler, EMA); belongs to the step like the scheduler.
+        seed: for the generators of a rank that the checkpoint does not know.
+
+    Example:
+        hook = CheckpointHook(manager, model=model, optimizer=optimizer, sampler=sampler, every_n_steps=100)
+        step = hook.restore()
+        for batch in hook.track(loader):
+            ...
+            optimizer.step()
+            hook.step()
+    """
+
+    def __init__(
+        self,
+        manager: CheckpointManager,
+        *,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        scheduler: LRScheduler | Stateful | None = None,
+        sampler: ElasticDistributedSampler | None = None,
+        every_n_steps: int = 100,
+        extra: Mapping[str, object] | None = None,
+        seed: int = 0,
+    ) -> None:
+        if every_n_steps < 1:
+            raise InvalidArgument(f"every_n_steps is {every_n_steps}; it is at least 1")
+        self.manager = manager
+        self.sampler = sampler
+        self.every_n_steps = every_n_steps
+        self.current_step = 0
+        self.last_save: SaveHandle | None = None
+        self.stall_seconds = 0.0
+        self._seed = seed
+        self._rng = RngState()
+        self._rng_to_put_back: dict[str, object] | None = None
+        self._state = _collect(model, optimizer, scheduler, sampler, extra or {})
+        self._state["rng"] = PerRank(self._rng)
+
+    def restore(self) -> int:
+        """Loads the newest sound checkpoint, if there is one.
+
+        A rank that the checkpoint does not know (the world grew) seeds its generators from seed, step and rank.
+
+        Returns:
+            The number of steps done; 0 when there is nothing yet.
+        """
+        self._rng.loaded = None
+        try:
+            info = self.manager.load(self._state)
+        except CheckpointNotFound:
+            return 0
+        self.current_step = info.step
+        if self._rng.loaded is None:
+            self._rng.seed(_derive_seed(self._seed, info.step, self.manager.rank))
+            self._rng_to_put_back = self._rng.state_dict()
+        else:
+            self._rng_to_put_back = self._rng.loaded
+        return self.current_step
+
+    def track(self, loader: DataLoader[Batch] | Iterable[Batch]) -> Generator[Batch, None, None]:
+        """Iterates over the loader and counts, in the sampler, each batch that it hands out.
+
+        Making a DataLoader's iterator draws from torch's generator; after a restore the generators are put back
+        once more behind that, so that the run goes on as if it had not been interrupted.
+
+        Raises:
+            InvalidArgument: the loader does not draw from the hook's sampler.
+        """
+        batches = iter(loader) if self.sampler is None else self.sampler.track(loader)
+        if self._rng_to_put_back is not None:
+            self._rng.load_state_dict(self._rng_to_put_back)
+            self._rng_to_put_back = None
+        yield from batches
+
+    def step(self) -> None:
+        """Notes that an optimizer step is done, with all that belongs to it, and saves when it is time."""
+        self.current_step += 1
+        if self.current_step % self.every_n_steps == 0:
+            self.save()
+
+    def save(self) -> SaveHandle:
+        """Saves now, in the background."""
+        self.last_save = self.manager.save_async(self._state, self.current_step)
+        self.stall_seconds += self.last_save.metrics.stall_seconds
+        return self.last_save
+
+
+def _collect(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+    scheduler: LRScheduler | Stateful | None,
+    sampler: ElasticDistributedSampler | None,
+    extra: Mapping[str, object],
+) -> dict[str, object]:
+    state: dict[str, object] = {"model": model}
+    if isinstance(optimizer, torch.optim.Optimizer):
+        state["optimizer"] = optimizer
+    else:
+        state.update({f"optimizer{i}": one for i, one in enumerate(optimizer)})
+    if scheduler is not None:
+        state["scheduler"] = scheduler
+    if sampler is not None:
+        state["sampler"] = sampler
+    taken = sorted({*state, "rng"} & set(extra))
+    if taken:
+        raise InvalidArgument(f"extra uses the names {taken}, which are the hook's own; choose others")
+    return {**state, **extra}
+
+
+def _derive_seed(seed: int, step: int, rank: int) -> int:
+    digest = hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

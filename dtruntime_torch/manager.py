@@ -1,0 +1,254 @@
+"""Checkpoints of one name in one place: options in, futures out."""
+
+from __future__ import annotations
+
+import operator
+import os
+from types import TracebackType
+
+import torch.distributed as dist
+
+from dtruntime_torch.checkpoint import catalog, restore, strict_json
+from dtruntime_torch.checkpoint.handle import SaveHandle
+from dtruntime_torch.checkpoint.info import CheckpointInfo
+from dtruntime_torch.checkpoint.lineage import Lineage
+from dtruntime_torch.checkpoint.names import CommitKey, check_name
+from dtruntime_torch.checkpoint.objects import Json
+from dtruntime_torch.checkpoint.save import Saver
+from dtruntime_torch.checkpoint.verify import VerifyReport, verify
+from dtruntime_torch.errors import CheckpointNotFound, CorruptCheckpoint, InvalidArgument
+from dtruntime_torch.membership import join
+from dtruntime_torch.storage import StorageBackend, backend_for, run_sync
+
+MAX_STEP = 10**15
+
+
+class CheckpointManager:
+    """Saves and loads checkpoints, each atomic, each with a digest for every chunk.
+
+    Under `torchrun` every rank makes one and calls its methods in the same order; making one is a collective of
+    the process group, saving and loading are not.
+
+    Args:
+        storage: a local folder, or a storage backend. Nothing is made there before the first save.
+        name: what the checkpoints are called, `[A-Za-z0-9._-]{1,100}` without a leading dot.
+        chunk_bytes: bytes of a chunk, of which each has a digest.
+        timeout: seconds after which a wait for other ranks is given up, with an error that names them.
+        process_group: the ranks that save together; None for all, or for this process alone where
+            torch.distributed is not initialised.
+        store: a Store that these ranks share; None for the one that the process group was made with.
+
+    Raises:
+        InvalidArgument: an option is out of range, or `storage` is a file.
+
+    Example:
+        >>> import tempfile, torch
+        >>> with CheckpointManager(tempfile.mkdtemp()) as manager:
+        ...     info = manager.save({"weight": torch.ones(2, 3)}, step=1)
+        >>> info.step, info.nbytes
+        (1, 24)
+    """
+
+    def __init__(
+        self,
+        storage: str | os.PathLike[str] | StorageBackend,
+        name: str = "model",
+        *,
+        chunk_bytes: int = 1 << 20,
+        timeout: float = 600.0,
+        process_group: dist.ProcessGroup | None = None,
+        store: dist.Store | None = None,
+    ) -> None:
+        check_name(name)
+        if not 4096 <= chunk_bytes <= 1 << 30:
+            raise InvalidArgument(f"chunk_bytes is {chunk_bytes}; choose from 4096 to {1 << 30}")
+        if not timeout > 0:
+            raise InvalidArgument(f"timeout is {timeout}; it is a positive number of seconds")
+        self.name = name
+        self._backend = backend_for(storage)
+        self._members = join(process_group, store, timeout)
+        self._lineage = Lineage()
+        self._saver = Saver(self._backend, name, self._members, self._lineage, chunk_bytes)
+        self._loads = 0
+        self._closed = False
+
+    @property
+    def rank(self) -> int:
+        """This process among those that save together."""
+        return self._members.rank
+
+    @property
+    def world_size(self) -> int:
+        """How many processes save together."""
+        return self._members.world_size
+
+    def prepare(self, state: object) -> None:
+        """Does what depends on the state's structure only, so that the first save finds it done.
+
+        Args:
+            state: as for `save`; no value of it is kept.
+        """
+        self._check_open()
+        self._saver.prepare(state)
+
+    def save(self, state: object, step: int, metadata: Json = None) -> CheckpointInfo:
+        """Saves and waits for the commit; see `save_async`."""
+        return self.save_async(state, step, metadata).result()
+
+    def save_async(self, state: object, step: int, metadata: Json = None) -> SaveHandle:
+        """Takes a snapshot before it returns, and writes and commits it in the background.
+
+        Waits first for a save that is still under way. A failure of that one, if nobody asked for its result, is
+        told as a RuntimeWarning.
+
+        Args:
+            state: `{name: module | optimizer | anything with state_dict | value}`, a plain (nested) state dict, or
+                bytes. State that is meant to differ by rank is wrapped in `PerRank`.
+            step: the training step; rises from save to save.
+            metadata: JSON that the manifest keeps.
+
+        Returns:
+            A handle with `result(timeout)` and `done()`, which may also be awaited.
+
+        Raises:
+            InvalidArgument: the step does not rise, or an argument is of the wrong kind.
+            UnsupportedType: the state holds something that cannot be stored, named by its key.
+            CommitConflict: another job committed here since this manager loaded; nothing was written.
+            BarrierTimeout: ranks did not take part, before the first save of a structure.
+        """
+        self._check_open()
+        return self._saver.start(state, _check_step(step), _check_metadata(metadata))
+
+    def load(self, state: object, step: int | None = None) -> CheckpointInfo:
+        """Fills `state` in place from the newest sound checkpoint; on all ranks the same one, or none.
+
+        A damaged checkpoint is skipped by all ranks together, with a warning that names file, tensor and bytes.
+        Saves go on from what was loaded. Any number of ranks may load what any number saved.
+
+        Args:
+            state: as for `save`; modules, optimizers and stateful objects are loaded into, tensors of a dict are
+                filled, other values of a dict are replaced.
+            step: load this one (of its newest generation) or fail, without falling back.
+
+        Raises:
+            CheckpointNotFound: nothing is committed, or not that step.
+            CheckpointMismatch: names, shapes or dtypes differ, all of them listed; nothing was changed.
+            CorruptCheckpoint: no sound checkpoint is left, or that step is damaged; nothing was changed.
+        """
+        self._check_open()
+        if isinstance(state, bytes):
+            raise InvalidArgument("bytes cannot be filled in place; use load_checkpoint")
+        step = None if step is None else _check_step(step)
+        self._saver.wait()
+        self._loads += 1
+        loaded = restore.load(self._backend, self.name, self._members, state, step, f"load/{self._loads}")
+        self._lineage.follow(loaded.info.key, loaded.newest)
+        return loaded.info
+
+    def load_checkpoint(self, name: str | None = None, step: int | None = None) -> object:
+        """Reads a whole checkpoint on this process alone.
+
+        Args:
+            name: of the checkpoint; None for the manager's.
+            step: which one (of its newest generation), without falling back; None for the newest sound one.
+
+        Returns:
+            A fresh state dict with tensors on the host, or the bytes that were saved. Of what differs by rank it
+            has this rank's.
+
+        Raises:
+            CheckpointNotFound, CorruptCheckpoint: as for `load`.
+        """
+        name = self.name if name is None else name
+        check_name(name)
+        step = None if step is None else _check_step(step)
+        return restore.load_fresh(self._backend, name, step, self._members.rank)[0]
+
+    def latest(self) -> CheckpointInfo | None:
+        """Describes the newest checkpoint whose manifest is readable, or None; its data is not read."""
+        return next(iter(reversed(self.list())), None)
+
+    def list(self) -> list[CheckpointInfo]:
+        """Describes the checkpoints whose manifests are readable, oldest first; `verify` tells of the others."""
+        return run_sync(_describe_all(self._backend, self.name))
+
+    def verify(self, step: int | None = None) -> VerifyReport:
+        """Reads every byte of a checkpoint on this process alone and checks it against its digests.
+
+        Args:
+            step: which one (of its newest generation); None for the newest.
+
+        Raises:
+            CheckpointNotFound: there is no such checkpoint.
+        """
+        step = None if step is None else _check_step(step)
+        return run_sync(_verify_step(self._backend, self.name, step))
+
+    def close(self) -> None:
+        """Waits for the save that is under way and gives the memory back; more calls do nothing.
+
+        Raises:
+            DTRuntimeError: that save failed.
+        """
+        if not self._closed:
+            self._closed = True
+            self._saver.close()
+
+    def __enter__(self) -> CheckpointManager:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise InvalidArgument("this manager is closed; make another one")
+
+
+def _check_step(step: int) -> int:
+    try:
+        number = operator.index(step)
+    except TypeError:
+        raise InvalidArgument(f"step is {step!r}; it is an integer") from None
+    if isinstance(step, bool) or not 0 <= number <= MAX_STEP:
+        raise InvalidArgument(f"step is {step!r}; it is an integer from 0 to {MAX_STEP}")
+    return number
+
+
+def _check_metadata(metadata: Json) -> Json:
+    try:
+        kept = strict_json.parse(strict_json.dump({"metadata": metadata})).json("metadata")
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument(f"metadata cannot be kept as JSON: {error}") from error
+    if kept != metadata:
+        raise InvalidArgument("metadata would not come back from JSON as it is; use str keys and lists")
+    return metadata
+
+
+async def _describe_all(backend: StorageBackend, name: str) -> list[CheckpointInfo]:
+    found = []
+    for key in await catalog.commit_keys(backend, name):
+        info = await _describe(backend, name, key)
+        found += [info] if info is not None else []
+    return found
+
+
+async def _describe(backend: StorageBackend, name: str, key: CommitKey) -> CheckpointInfo | None:
+    try:
+        commit = await catalog.read_commit(backend, name, key)
+        if commit.void:
+            return None
+        return CheckpointInfo.of(await catalog.read_manifest(backend, commit), commit.manifest_sha256)
+    except (CorruptCheckpoint, FileNotFoundError):
+        # Damaged, or pruned since it was listed: either way there is nothing here to describe.
+        return None
+
+
+async def _verify_step(backend: StorageBackend, name: str, step: int | None) -> VerifyReport:
+    keys = [key for key in await catalog.commit_keys(backend, name) if step in (None, key.step)]
+    if not keys:
+        which = "checkpoint" if step is None else f"checkpoint of step {step}"
+        raise CheckpointNotFound(f"there is no {which} called {name}")
+    return await verify(backend, name, None if step is None else keys[-1])

@@ -1,0 +1,84 @@
+"""The one seam between checkpoints and where they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from typing_extensions import Buffer
+
+Data = Buffer | Sequence[Buffer]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of a listing.
+
+    Attributes:
+        path: relative to the root; a folder ends with the delimiter.
+        size: bytes; 0 for a folder.
+        modified: seconds since 1970 by the storage's clock; 0.0 for a folder.
+    """
+
+    path: str
+    size: int
+    modified: float
+
+
+@runtime_checkable
+class StorageBackend(Protocol):
+    """Durable named byte strings.
+
+    Paths are relative, "/"-separated and never leave the root: one that would is an `InvalidArgument`, and a
+    symbolic link that leads out of it is a `StorageError`. Where a file is, no files may lie below its path.
+    Buffers that are handed over may not change until the call returns, also if it is cancelled; buffers that
+    come back belong to the caller. Every method may be awaited from any thread and any event loop. An error
+    other than those named says nothing about whether the call took effect.
+    """
+
+    async def write(self, path: str, data: Data) -> None:
+        """Stores `data`, one buffer or several in sequence, in place of what was there.
+
+        All or nothing: a reader sees the old bytes or all of the new. Durable when it returns, with every
+        folder that it made.
+        """
+
+    async def create(self, path: str, data: Data) -> None:
+        """Stores `data` where nothing is, atomically: of many creators at most one succeeds.
+
+        Raises:
+            AlreadyExists: something is there, and it is durable.
+        """
+
+    async def read(self, path: str) -> Buffer:
+        """Returns all bytes.
+
+        Raises:
+            NotFound: nothing is there.
+        """
+
+    async def read_range(self, path: str, offset: int, length: int) -> Buffer:
+        """Returns exactly `length` bytes from `offset`.
+
+        Raises:
+            NotFound: nothing is there.
+            StorageError: the file ends before that; nothing was allocated for it.
+        """
+
+    async def size(self, path: str) -> int:
+        """Returns the number of bytes.
+
+        Raises:
+            NotFound: nothing is there.
+        """
+
+    async def list(self, prefix: str, delimiter: str | None = None) -> list[Entry]:
+        """Returns the entries whose path starts with `prefix`, in the order of their paths.
+
+        With `delimiter="/"`, what lies below a further "/" after the prefix comes as one entry, its folder.
+        A write that returned before the call is seen. `delimiter` is "/" or None.
+        """
+
+    async def delete(self, path: str) -> None:
+        """Removes a file, durably when it returns; an absent one is no error, and then its absence is durable."""

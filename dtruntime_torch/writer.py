@@ -1,0 +1,54 @@
+"""Checkpoints from asynchronous code, one process at a time, many names."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+
+import torch.distributed as dist
+
+from dtruntime_torch.checkpoint.handle import SaveHandle
+from dtruntime_torch.checkpoint.info import CheckpointInfo
+from dtruntime_torch.manager import CheckpointManager
+from dtruntime_torch.storage import StorageBackend, backend_for
+
+
+class CheckpointWriter:
+    """Writes checkpoints of this process alone, also where torch.distributed is initialised.
+
+    Args:
+        storage: a local folder, or a storage backend.
+
+    Example:
+        >>> import asyncio, tempfile
+        >>> writer = CheckpointWriter(tempfile.mkdtemp())
+        >>> info = asyncio.run(writer.write_checkpoint("blob", 3, b"anything"))
+        >>> info.step, info.nbytes
+        (3, 8)
+    """
+
+    def __init__(self, storage: str | os.PathLike[str] | StorageBackend) -> None:
+        self._backend = backend_for(storage)
+        self._managers: dict[str, CheckpointManager] = {}
+        self._lock = threading.Lock()
+
+    async def write_checkpoint(self, name: str, step: int, data: object) -> CheckpointInfo:
+        """Saves and waits for the commit without blocking the event loop.
+
+        Args:
+            name: of the checkpoint.
+            step: above the newest step of that name.
+            data: bytes, or a state as for `CheckpointManager.save`; it may change when this returns.
+
+        Raises:
+            CommitConflict: the step is not above the newest one of that name.
+        """
+        handle = await asyncio.to_thread(self._start, name, step, data)
+        return await handle
+
+    def _start(self, name: str, step: int, data: object) -> SaveHandle:
+        with self._lock:
+            if name not in self._managers:
+                self._managers[name] = CheckpointManager(self._backend, name, store=dist.HashStore())
+            return self._managers[name].save_async(data, step)

@@ -1,0 +1,354 @@
+"""Kills a training job in the middle of its work, starts it again, and proves that nothing was lost.
+
+    python examples/kill_and_resume.py            # or: make demo
+
+It runs train_lm.py under torchrun, each time on the same text with the same global batch:
+  (a) on 2 ranks, without interruption and without a checkpoint;
+  (b) the same with a checkpoint every few steps; all its processes get SIGKILL at a random moment;
+  (c) the same command once more: it goes on from the newest checkpoint, and finishes;
+  (d) on 1 and on 4 ranks, from a copy of what (b) left behind, for a few steps.
+Then it compares, prints a table, and exits with 1 if anything that had to hold does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import random
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+import dtruntime_torch as dt
+
+TRAIN = Path(__file__).with_name("train_lm.py")
+MARK = "KILL_AND_RESUME_JOB"
+TIME_LIMIT = 150.0
+TICK = 0.02
+
+
+class Size(NamedTuple):
+    """How long the runs are. No checkpoint falls on the end of an epoch: resuming is in the middle of one."""
+
+    steps: int
+    every: int
+    samples: int
+    extra_steps: int
+    batch_size: int = 16
+
+
+FULL = Size(steps=160, every=10, samples=1000, extra_steps=8)
+SHORT = Size(steps=48, every=6, samples=304, extra_steps=4)
+
+
+class Step(NamedTuple):
+    """One step of a run, over all its ranks: the samples in the global order, the loss of each rank."""
+
+    epoch: int
+    samples: tuple[int, ...]
+    losses: tuple[float, ...]
+
+
+class Run(NamedTuple):
+    """What a run recorded: steps by number, digest of each rank's final weights, and rank 0's seconds."""
+
+    steps: dict[int, Step]
+    weights: tuple[str, ...]
+    stalled: float
+    seconds: float
+
+
+class Row(NamedTuple):
+    """A line of the table; `holds` is None where it only tells."""
+
+    holds: bool | None
+    what: str
+    found: str
+
+
+class PhaseFailed(Exception):
+    """A job did not do what its phase needs; the message says where its output is."""
+
+
+class Job:
+    """One torchrun job, whose output goes to a file. Its processes are known by a mark in their environment."""
+
+    def __init__(
+        self, folder: Path, phase: str, ranks: int, checkpoints: Path, steps: int, size: Size
+    ) -> None:
+        self.phase, self.steps, self.ranks = phase, steps, ranks
+        self.record = folder / f"record-{phase}"
+        self.output = folder / f"output-{phase}.txt"
+        self.mark = secrets.token_hex(16)
+        launcher = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node {ranks}".split()
+        options = {
+            "--checkpoints": checkpoints,
+            "--corpus": folder / "corpus.bin",
+            "--record": self.record,
+            "--steps": steps,
+            "--every": size.every,
+            "--samples": size.samples,
+            "--batch-size": size.batch_size,
+        }
+        with self.output.open("wb") as output:
+            self.process = subprocess.Popen(
+                [*launcher, str(TRAIN), *(str(word) for option in options.items() for word in option)],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1", MARK: self.mark},
+            )
+
+    def watch(self, until: Callable[[int], bool], total: int) -> None:
+        """Shows the job's progress until it ended, or `until` (steps recorded so far) says so."""
+        deadline = time.monotonic() + TIME_LIMIT
+        title = f"({self.phase[0]}) on {self.ranks} rank{'s' * (self.ranks > 1)}"
+        with tqdm(total=total, desc=title, unit="step", disable=None) as bar:
+            while True:
+                ended = wait(self.process, TICK)
+                done = sum(1 for _ in recorded(self.record / "rank-0.jsonl", "loss"))
+                bar.update(done - bar.n)
+                if ended or until(done):
+                    return
+                if time.monotonic() > deadline:
+                    raise PhaseFailed(
+                        f"({self.phase}) did not end within {TIME_LIMIT:.0f} s; see {self.output}"
+                    )
+
+    def finish(self, total: int) -> Run:
+        """Waits for the end of the job and reads what it recorded."""
+        self.watch(lambda done: False, total)
+        if self.process.returncode:
+            raise PhaseFailed(f"({self.phase}) ended with {self.process.returncode}; see {self.output}")
+        return read_run(self.record, self.ranks)
+
+    def kill(self) -> None:
+        """Sends SIGKILL to the launcher, the ranks and the loader workers, wherever they are by now."""
+        deadline = time.monotonic() + 10
+        while pids := marked_processes(self.mark):
+            if time.monotonic() > deadline:
+                raise PhaseFailed(f"({self.phase}) processes {pids} outlive SIGKILL")
+            for pid in pids:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+            wait(self.process, TICK)
+        self.process.wait()
+
+
+def wait(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Waits at most so long for the end of `process`; returns whether it ended."""
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def marked_processes(mark: str) -> list[int]:
+    """Returns the living processes that inherited this mark: also those in sessions of their own, and orphans."""
+    found = []
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"{MARK}={mark}".encode() in environment.read_bytes():
+                found.append(int(environment.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def recorded(path: Path, having: str) -> Iterator[dict[str, Any]]:
+    """Yields the whole lines of a rank's record that have this field; SIGKILL may have cut the last one off."""
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        if line.endswith(b"\n") and having in (values := json.loads(line)):
+            yield values
+
+
+def read_run(record: Path, ranks: int) -> Run:
+    """Reads what a run recorded, up to the last step that all of its ranks recorded."""
+    paths = [record / f"rank-{rank}.jsonl" for rank in range(ranks)]
+    steps: dict[int, Step] = {}
+    for lines in zip(*(recorded(path, "loss") for path in paths), strict=False):
+        number = lines[0]["step"]
+        follows = not steps or number - 1 == max(steps)
+        if not follows or any(line["step"] != number for line in lines):
+            raise PhaseFailed(f"{record} tells of step {number} out of turn, or on some ranks only")
+        places = zip(*(line["samples"] for line in lines), strict=True)
+        samples = tuple(sample for place in places for sample in place)
+        steps[number] = Step(lines[0]["epoch"], samples, tuple(line["loss"] for line in lines))
+    if not steps:
+        raise PhaseFailed(f"{record} tells of no step")
+    weights = tuple(line["weights"] for path in paths for line in recorded(path, "weights"))
+    last = list(recorded(paths[0], "stalled"))[-1]
+    return Run(steps, weights, last["stalled"], last["seconds"])
+
+
+def moment_to_kill(checkpoints: Path, size: Size, chance: random.Random) -> Callable[[int], bool]:
+    """Returns the question whether it is time, for a moment drawn once the first checkpoint is committed."""
+    manager = dt.CheckpointManager(checkpoints)
+    moment: float | None = None
+
+    def is_time(done: int) -> bool:
+        nonlocal moment
+        if moment is None and manager.latest() is not None:
+            moment = chance.uniform(done, size.steps - 2 * size.every)
+        return moment is not None and done >= moment
+
+    return is_time
+
+
+def run_phases(folder: Path, size: Size, chance: random.Random) -> list[Row]:
+    """Runs (a) to (d) in `folder` and compares them."""
+    checkpoints = folder / "checkpoints"
+    never = size._replace(every=size.steps + 1)
+    a = Job(folder, "a", 2, folder / "no-checkpoints", size.steps, never).finish(size.steps)
+
+    job = Job(folder, "b", 2, checkpoints, size.steps, size)
+    job.watch(moment_to_kill(checkpoints, size, chance), size.steps)
+    if wait(job.process, chance.uniform(0, 0.1)):
+        raise PhaseFailed(f"(b) ended before it could be killed; see {job.output}")
+    job.kill()
+    b, newest = read_run(job.record, 2), list_all(checkpoints)[-1].step
+    copies = {ranks: shutil.copytree(checkpoints, folder / f"checkpoints-{ranks}") for ranks in (1, 4)}
+
+    c = Job(folder, "c", 2, checkpoints, size.steps, size).finish(size.steps - newest)
+    d = {
+        ranks: Job(folder, f"d{ranks}", ranks, copy, newest + size.extra_steps, size).finish(size.extra_steps)
+        for ranks, copy in copies.items()
+    }
+    resumed = min(c.steps) - 1
+    history = {**{number: step for number, step in b.steps.items() if number <= resumed}, **c.steps}
+    return [
+        compare_weights(a, c),
+        compare_samples(a.steps, history, size.samples),
+        compare_losses(a.steps, history),
+        *(compare_resized(a.steps, run.steps, newest, ranks) for ranks, run in d.items()),
+        check_resume(newest, b, resumed),
+        verify_all(checkpoints),
+        Row(None, "bytes written", f"{sum(info.written for info in list_all(checkpoints)):,}"),
+        tell_stall(b, c),
+        Row(None, "loss of (a)", draw(a.steps, None)),
+        Row(None, "loss of (b) | (c)", draw(history, resumed)),
+    ]
+
+
+def compare_weights(a: Run, c: Run) -> Row:
+    """The final weights: on every rank of both runs the same bits."""
+    digests = sorted({*a.weights, *c.weights})
+    holds = len(a.weights) == len(c.weights) == 2 and len(digests) == 1
+    return Row(holds, "final weights of (c), bit for bit those of (a)", ", ".join(d[:16] for d in digests))
+
+
+def compare_samples(a: dict[int, Step], history: dict[int, Step], n: int) -> Row:
+    """The samples of (b) up to the checkpoint and of (c): in (a)'s order, and each once in its epoch."""
+    epochs: dict[int, list[int]] = {}
+    for step in history.values():
+        epochs.setdefault(step.epoch, []).extend(step.samples)
+    *whole, last = epochs.values()
+    once = all(sorted(epoch) == list(range(n)) for epoch in whole) and len({*last}) == len(last)
+    order = [(number, step.epoch, step.samples) for number, step in history.items()]
+    same = order == [(number, step.epoch, step.samples) for number, step in a.items()]
+    found = f"{sum(map(len, epochs.values())):,} in {len(history)} steps, {len(epochs)} epochs of {n:,}"
+    return Row(once and same, "samples of (b)+(c): each once, in the order of (a)", found)
+
+
+def compare_losses(a: dict[int, Step], history: dict[int, Step]) -> Row:
+    """The loss of each step on each rank, dropout included."""
+    differing = [
+        number for number in a if number not in history or a[number].losses != history[number].losses
+    ]
+    found = f"first differs at step {differing[0]}" if differing else f"{len(a)} steps on 2 ranks"
+    return Row(not differing, "losses of (b)+(c), bit for bit those of (a)", found)
+
+
+def compare_resized(a: dict[int, Step], d: dict[int, Step], newest: int, ranks: int) -> Row:
+    """The samples of a few steps on another number of ranks."""
+    same = min(d) == newest + 1 and all(step.samples == a[number].samples for number, step in d.items())
+    found = f"{sum(len(step.samples) for step in d.values()):,} in steps {min(d)} to {max(d)}"
+    return Row(same, f"samples of (d) on {ranks} rank{'s' * (ranks > 1)}: in the order of (a)", found)
+
+
+def check_resume(newest: int, b: Run, resumed: int) -> Row:
+    """(c) went on from the newest checkpoint that the kill left behind."""
+    killed = max(b.steps)
+    found = f"killed behind step {killed}, went on behind step {resumed}: {killed - resumed} steps done again"
+    return Row(resumed == newest, "resumed from the newest checkpoint", found)
+
+
+def list_all(checkpoints: Path) -> list[dt.CheckpointInfo]:
+    """Describes all checkpoints of a folder, oldest first."""
+    with dt.CheckpointManager(checkpoints) as manager:
+        return manager.list()
+
+
+def verify_all(checkpoints: Path) -> Row:
+    """Every byte of every checkpoint, against its digests."""
+    with dt.CheckpointManager(checkpoints) as manager:
+        reports = [manager.verify(info.step) for info in manager.list()]
+    damage = "; ".join(str(damage) for report in reports for damage in report.damage)
+    found = f"{sum(report.chunks for report in reports):,} in {len(reports)} checkpoints"
+    return Row(bool(reports) and all(report.ok for report in reports), "digests verified", damage or found)
+
+
+def tell_stall(b: Run, c: Run) -> Row:
+    """How long the loop stood still for saving."""
+    stalled, seconds = b.stalled + c.stalled, b.seconds + c.seconds
+    found = f"{stalled:.2f} of {seconds:.1f} s, {stalled / seconds:.1%}"
+    return Row(None, "the loop of (b)+(c) stalled by saving", found)
+
+
+def draw(steps: dict[int, Step], resumed: int | None, columns: int = 40) -> str:
+    """Draws the loss of rank 0 between its first and its last value, with a bar where the run was resumed."""
+    losses = [step.losses[0] for step in steps.values()]
+    edges = [len(losses) * column // columns for column in range(columns + 1)]
+    means = [sum(losses[i:j]) / (j - i) for i, j in itertools.pairwise(edges)]
+    low, high = min(means), max(means)
+    line = ["▁▂▃▄▅▆▇█"[int(7.99 * (mean - low) / (high - low or 1))] for mean in means]
+    if resumed is not None:
+        line.insert(resumed * columns // len(losses), "|")
+    return f"{losses[0]:.2f} {''.join(line)} {losses[-1]:.2f}"
+
+
+def main() -> int:
+    """Runs all phases and prints the table; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description="Kill a training job, resume it, prove that nothing was lost."
+    )
+    parser.add_argument("--short", action="store_true", help="fewer steps")
+    parser.add_argument("--seed", type=int, help="draws the moment to kill at [random]")
+    args = parser.parse_args()
+    seed = secrets.randbelow(10**6) if args.seed is None else args.seed
+    folder = Path(tempfile.mkdtemp(prefix="kill-and-resume-"))
+    began = time.monotonic()
+    print(f"Working in {folder}; --seed {seed} draws the same moment again", flush=True)
+    try:
+        rows = run_phases(folder, SHORT if args.short else FULL, random.Random(seed))
+    except PhaseFailed as error:
+        rows = [Row(False, "the run", str(error))]
+    width = max(len(row.what) for row in rows)
+    for row in rows:
+        mark = {True: "ok", False: "FAILED", None: ""}[row.holds]
+        print(f"{mark:>6}  {row.what:<{width}}  {row.found}")
+    seconds = time.monotonic() - began
+    if any(row.holds is False for row in rows):
+        print(f"Failed after {seconds:.0f} s; what the jobs wrote is in {folder}")
+        return 1
+    print(f"Nothing was lost and nothing repeated. It took {seconds:.0f} s.")
+    shutil.rmtree(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,335 @@
+"""Bytes off storage, beside xxhash: what is sound arrives, what is damaged is named exactly and never arrives."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dtruntime_torch.checkpoint import read_requests
+from dtruntime_torch.checkpoint.chunk_reader import check_part, read_entries
+from dtruntime_torch.checkpoint.records import FileRef, Part, TensorEntry
+from dtruntime_torch.checkpoint.specs import Extent
+from dtruntime_torch.errors import Damage, StorageError
+from dtruntime_torch.storage import LocalBackend, MemoryBackend, run_sync
+from dtruntime_torch.storage.backend import StorageBackend
+from dtruntime_torch.testing.faulty_backend import FaultyBackend, hidden, not_done, truncated
+from tests.checkpoint.plan_builders import part_of, stored
+
+CHUNK = 8
+HEADER = 64
+
+
+class LoggingBackend(MemoryBackend):
+    """Notes the length of every read, and how many were under way at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lengths: list[int] = []
+        self.under_way = 0
+        self.most_under_way = 0
+
+    async def read_range(self, path: str, offset: int, length: int):
+        self.lengths.append(length)
+        self.under_way += 1
+        self.most_under_way = max(self.most_under_way, self.under_way)
+        try:
+            return await super().read_range(path, offset, length)
+        finally:
+            self.under_way -= 1
+
+
+@dataclass
+class Stored:
+    """Tensors on storage: what they hold, where, and the part that says so."""
+
+    files: list[bytearray]
+    tensors: list[bytes]
+    part: Part
+
+    def put(self, backend: StorageBackend) -> StorageBackend:
+        for ref, data in zip(self.part.files, self.files, strict=True):
+            run_sync(backend.write(f"model/{ref.path}", bytes(data)))
+        return backend
+
+
+def file_path(number: int) -> str:
+    return f"step-0000000{number}/0001-1/shard-00000-of-00001.safetensors"
+
+
+def digests_of(data: bytes, chunk: int = CHUNK) -> bytes:
+    return b"".join(xxhash.xxh3_128_digest(data[at : at + chunk]) for at in range(0, len(data), chunk))
+
+
+def pattern(length: int, salt: int = 0) -> bytes:
+    return bytes((31 * n + salt) % 251 for n in range(length))
+
+
+def make(tensors: Sequence[bytes], places: Sequence[Sequence[tuple[int, int, int]]], n_files: int) -> Stored:
+    """`places`: for each tensor its extents in order, as (file, gap before it in that file, length)."""
+    files = [bytearray(pattern(HEADER, salt)) for salt in range(n_files)]
+    entries: list[TensorEntry] = []
+    for number, (data, extents) in enumerate(zip(tensors, places, strict=True)):
+        placed, start = [], 0
+        for file, gap, length in extents:
+            files[file] += bytes(gap)
+            placed.append(Extent(file, len(files[file]), length))
+            files[file] += data[start : start + length]
+            start += length
+        entry = stored(f"t{number}", (len(data),), dtype="uint8", digests=digests_of(data))
+        entries.append(replace(entry, extents=tuple(placed)))
+    refs = tuple(
+        FileRef(file_path(number), len(data), HEADER, xxhash.xxh3_128_digest(bytes(data[:HEADER])))
+        for number, data in enumerate(files)
+    )
+    return Stored(files, list(tensors), replace(part_of(0, *entries, chunk_bytes=CHUNK), files=refs))
+
+
+def full(*lengths: int) -> Stored:
+    """One file, one extent a tensor, nothing between: what a full save writes."""
+    tensors = [pattern(length, salt=number) for number, length in enumerate(lengths)]
+    return make(tensors, [[(0, 0, len(data))] if data else [] for data in tensors], 1)
+
+
+@st.composite
+def deltas(draw: st.DrawFn) -> Stored:
+    """Tensors whose chunks lie in several extents over two files, in any order, with gaps between."""
+    n_files = 2
+    tensors = [pattern(n, salt) for salt, n in enumerate(draw(st.lists(st.integers(0, 60), max_size=6)))]
+    cuts = [draw(st.sets(st.sampled_from(range(CHUNK, 60, CHUNK)))) for _ in tensors]
+    places = []
+    for data, cut in zip(tensors, cuts, strict=True):
+        borders = [0, *sorted(at for at in cut if at < len(data)), len(data)] if data else []
+        places.append(
+            [
+                (draw(st.integers(0, n_files - 1)), draw(st.sampled_from([0, 0, 1, 50])), end - start)
+                for start, end in itertools.pairwise(borders)
+            ]
+        )
+    return make(tensors, places, n_files)
+
+
+def read(
+    backend: StorageBackend, saved: Stored, positions: Sequence[int] | None = None
+) -> tuple[list[Damage], dict[int, bytearray]]:
+    positions = range(len(saved.tensors)) if positions is None else positions
+    buffers = {n: bytearray(b"\xee" * len(saved.tensors[n])) for n in positions}
+    views: dict[int, memoryview | None] = {n: memoryview(buffer) for n, buffer in buffers.items()}
+    return run_sync(read_entries(backend, "model", saved.part, views)), buffers
+
+
+def check(backend: StorageBackend, saved: Stored) -> list[Damage]:
+    return run_sync(check_part(backend, "model", saved.part))
+
+
+@pytest.fixture
+def small_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read_requests, "REQUEST_BYTES", 24)
+    monkeypatch.setattr(read_requests, "JOIN_BYTES", 4)
+
+
+@given(deltas(), st.data())
+def test_sound_bytes_arrive_whole_from_any_extents(saved: Stored, data: st.DataObject) -> None:
+    positions = data.draw(
+        st.lists(st.sampled_from(range(len(saved.tensors)))) if saved.tensors else st.just([])
+    )
+    damage, buffers = read(saved.put(MemoryBackend()), saved, sorted(set(positions)))
+    assert damage == []
+    assert buffers == {n: saved.tensors[n] for n in positions}
+
+
+@given(saved=deltas())
+@pytest.mark.usefixtures("small_requests")
+def test_requests_are_bounded(saved: Stored) -> None:
+    backend = LoggingBackend()
+    damage, buffers = read(saved.put(backend), saved)
+    assert damage == []
+    assert list(buffers.values()) == saved.tensors
+    assert all(length in (HEADER,) or length <= 24 for length in backend.lengths)
+    assert backend.most_under_way <= 2
+
+
+def test_a_chunk_larger_than_a_request_is_read_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read_requests, "REQUEST_BYTES", CHUNK - 1)
+    backend, saved = LoggingBackend(), full(3 * CHUNK)
+    assert check(saved.put(backend), saved) == []
+    assert sorted(backend.lengths) == [CHUNK, CHUNK, CHUNK, HEADER]
+
+
+def test_neighbours_are_read_together() -> None:
+    backend, saved = LoggingBackend(), full(*[5] * 100)
+    assert check(saved.put(backend), saved) == []
+    assert backend.lengths == [HEADER, 500]
+
+
+@pytest.mark.usefixtures("small_requests")
+def test_ranges_far_apart_are_not_read_along() -> None:
+    backend, saved = LoggingBackend(), full(8, 5, 8)
+    damage, _ = read(saved.put(backend), saved, [0, 2])
+    assert damage == []
+    assert backend.lengths == [HEADER, 8, 8]
+
+
+def test_files_that_hold_nothing_wanted_are_not_touched() -> None:
+    backend = FaultyBackend(MemoryBackend())
+    saved = make([pattern(8), pattern(8)], [[(0, 0, 8)], [(1, 0, 8)]], 2)
+    saved.put(backend)
+    backend.calls.clear()
+    assert read(backend, saved, [1])[0] == []
+    assert {path for _, path in backend.calls} == {f"model/{file_path(1)}"}
+
+
+@pytest.mark.parametrize("where", ["header", "first chunk", "middle chunk", "last chunk"])
+def test_a_flipped_byte_is_named_and_its_chunk_does_not_arrive(where: str) -> None:
+    saved = full(20, 30)
+    start, stop = {
+        "header": (0, HEADER),
+        "first chunk": (HEADER, HEADER + 8),
+        "middle chunk": (HEADER + 28, HEADER + 36),
+        "last chunk": (HEADER + 44, HEADER + 50),
+    }[where]
+    before = bytes(saved.files[0][start:stop])
+    saved.files[0][stop - 1] ^= 0x10
+    damage, buffers = read(saved.put(MemoryBackend()), saved)
+    tensor = {"header": None, "first chunk": "t0"}.get(where, "t1")
+    expected, actual = (xxhash.xxh3_128_hexdigest(x) for x in (before, bytes(saved.files[0][start:stop])))
+    assert damage == [Damage(f"model/{file_path(0)}", tensor, start, stop, expected, actual)]
+    intact = b"".join(saved.tensors)
+    arrived = bytes(buffers[0] + buffers[1])
+    lost = range(start - HEADER, stop - HEADER) if tensor else range(0)
+    assert arrived == bytes(0xEE if at in lost else intact[at] for at in range(50))
+
+
+@given(deltas(), st.data())
+def test_any_flipped_bit_that_is_covered_is_found(saved: Stored, data: st.DataObject) -> None:
+    covered = [(e.file, at) for t in saved.part.tensors for e in t.extents for at in range(*_range(e))]
+    covered += [(file, at) for file in (0, 1) for at in range(HEADER)]
+    file, at = data.draw(st.sampled_from(covered))
+    saved.files[file][at] ^= 1 << data.draw(st.integers(0, 7))
+    (damage,) = check(saved.put(MemoryBackend()), saved)
+    assert damage.file == f"model/{file_path(file)}"
+    assert damage.start <= at < damage.stop
+
+
+def _range(extent: Extent) -> tuple[int, int]:
+    return extent.offset, extent.offset + extent.length
+
+
+def test_all_damage_is_gathered_in_the_order_of_the_file() -> None:
+    saved = full(20, 20)
+    for at in (0, HEADER, HEADER + 19, HEADER + 20):
+        saved.files[0][at] ^= 1
+    found = [(d.tensor, d.start) for d in check(saved.put(MemoryBackend()), saved)]
+    assert found == [(None, 0), ("t0", HEADER), ("t0", HEADER + 16), ("t1", HEADER + 20)]
+
+
+def test_a_truncated_file_names_the_tensors_that_lost_bytes() -> None:
+    saved = full(20, 20, 20)
+    del saved.files[0][HEADER + 30 :]
+    damage, buffers = read(saved.put(MemoryBackend()), saved)
+    path = f"model/{file_path(0)}"
+    assert damage == [
+        Damage(path, "t1", HEADER + 20, HEADER + 40, "20 bytes", "missing"),
+        Damage(path, None, HEADER + 30, HEADER + 60, f"{HEADER + 60} bytes", f"{HEADER + 30} bytes"),
+        Damage(path, "t2", HEADER + 40, HEADER + 60, "20 bytes", "missing"),
+    ]
+    assert buffers[0] == saved.tensors[0]
+
+
+def test_a_file_that_lost_its_header_is_damaged() -> None:
+    saved = full(20)
+    del saved.files[0][HEADER - 1 :]
+    assert [(d.start, d.stop) for d in check(saved.put(MemoryBackend()), saved)] == [
+        (HEADER - 1, HEADER + 20),
+        (HEADER, HEADER + 20),
+    ]
+
+
+def test_an_extended_file_is_damaged_and_its_bytes_still_arrive() -> None:
+    saved = full(20)
+    saved.files[0] += b"more"
+    damage, buffers = read(saved.put(MemoryBackend()), saved)
+    path, end = f"model/{file_path(0)}", HEADER + 20
+    assert damage == [Damage(path, None, end, end + 4, f"{end} bytes", f"{end + 4} bytes")]
+    assert buffers[0] == saved.tensors[0]
+
+
+def test_a_missing_file_is_one_damage() -> None:
+    saved = make([pattern(8), pattern(8)], [[(0, 0, 8)], [(1, 0, 8)]], 2)
+    backend = saved.put(MemoryBackend())
+    run_sync(backend.delete(f"model/{file_path(0)}"))
+    damage, buffers = read(backend, saved)
+    assert damage == [Damage(f"model/{file_path(0)}", None, 0, HEADER + 8, f"{HEADER + 8} bytes", "missing")]
+    assert buffers[1] == saved.tensors[1]
+
+
+@pytest.mark.parametrize("fault", [hidden(), truncated(3)])
+def test_bytes_that_go_after_the_length_was_looked_at_are_damage(fault) -> None:
+    saved = full(20)
+    backend = FaultyBackend(saved.put(MemoryBackend()))
+    backend.when("read_range", "*", fault, nth=2)
+    (damage,) = check(backend, saved)
+    assert (damage.tensor, damage.start, damage.stop, damage.actual) == ("t0", HEADER, HEADER + 20, "missing")
+
+
+def test_a_file_that_is_cut_after_its_length_was_looked_at_is_damaged() -> None:
+    saved = full(20)
+    inner = saved.put(MemoryBackend())
+    backend = FaultyBackend(inner)
+
+    async def cut(call) -> object:
+        await inner.write(call.path, bytes(saved.files[0][: HEADER + 1]))
+        return await call.proceed()
+
+    backend.when("read_range", "*", cut, nth=2)
+    assert [(d.tensor, d.actual) for d in check(backend, saved)] == [("t0", "missing")]
+
+
+@pytest.mark.parametrize("operation", ["size", "read_range"])
+def test_a_storage_that_fails_is_no_damage(operation: str) -> None:
+    saved = full(20)
+    backend = FaultyBackend(saved.put(MemoryBackend()))
+    backend.when(operation, "*", not_done(), nth=None)
+    with pytest.raises(StorageError, match="scripted fault"):
+        check(backend, saved)
+
+
+def test_every_byte_is_counted_once_be_it_damaged_or_not() -> None:
+    saved = make([pattern(20), pattern(30), pattern(9)], [[(0, 0, 20)], [(1, 0, 30)], [(2, 0, 9)]], 3)
+    saved.files[0][HEADER] ^= 1
+    del saved.files[1][HEADER + 5 :]
+    backend = saved.put(MemoryBackend())
+    run_sync(backend.delete(f"model/{file_path(2)}"))
+    counted: list[int] = []
+    run_sync(check_part(backend, "model", saved.part, counted.append))
+    assert sum(counted) == 59
+
+
+def test_a_tensor_may_be_checked_without_being_kept() -> None:
+    saved = full(8, 8)
+    saved.files[0][HEADER + 8] ^= 1
+    backend = saved.put(MemoryBackend())
+    assert run_sync(read_entries(backend, "model", saved.part, {0: None})) == []
+    (damage,) = run_sync(read_entries(backend, "model", saved.part, {1: None}))
+    assert damage.tensor == "t1"
+
+
+def test_the_header_of_a_file_without_tensors_is_checked() -> None:
+    saved = full()
+    assert check(saved.put(MemoryBackend()), saved) == []
+    saved.files[0][7] ^= 1
+    assert [damage.stop for damage in check(saved.put(MemoryBackend()), saved)] == [HEADER]
+
+
+def test_files_of_a_disk_are_read(tmp_path: Path) -> None:
+    tensors = [pattern(3_000_000), pattern(5)]
+    saved = make(tensors, [[(0, 0, 3_000_000)], [(0, 0, 5)]], 1)
+    damage, buffers = read(saved.put(LocalBackend(tmp_path)), saved)
+    assert damage == []
+    assert [buffers[0], buffers[1]] == tensors

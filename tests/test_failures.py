@@ -1,0 +1,272 @@
+"""Whatever dies, fills up, lies or is damaged: what was committed is there, and the next save works."""
+
+from __future__ import annotations
+
+import multiprocessing
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import dtruntime_torch as dt
+from dtruntime_torch.errors import CheckpointMismatch, CommitConflict, CommitUnknown, CorruptCheckpoint, SaveFailed
+from dtruntime_torch.storage import LocalBackend, MemoryBackend, StorageBackend, run_sync
+from dtruntime_torch.testing.faulty_backend import FaultyBackend, killed, lost_answer, not_done
+
+CHUNK = 4096
+
+
+def state_of(step: int) -> dict[str, torch.Tensor]:
+    return {"w": torch.arange(5000.0) + step, "b": torch.full((3,), step)}
+
+
+def load_newest(backend: StorageBackend) -> int:
+    """Loads the newest checkpoint and checks every bit of it; returns its step."""
+    with dt.CheckpointManager(backend) as manager:
+        state = state_of(0)
+        step = manager.load(state).step
+    assert all(torch.equal(state[key], tensor) for key, tensor in state_of(step).items())
+    return step
+
+
+def save(backend: StorageBackend, step: int) -> dt.CheckpointInfo:
+    """Goes on from what is there, as a restarted job does."""
+    with dt.CheckpointManager(backend, chunk_bytes=CHUNK) as manager:
+        if manager.latest() is not None:
+            manager.load(state_of(0))
+        return manager.save(state_of(step), step)
+
+
+def calls_of_a_save() -> list[tuple[str, str]]:
+    backend = FaultyBackend(MemoryBackend())
+    save(backend, 1)
+    before = len(backend.calls)
+    save(backend, 2)
+    return backend.calls[before:]
+
+
+CALLS = calls_of_a_save()
+
+
+def save_and_die(folder: Path, nth: int) -> None:
+    backend = FaultyBackend(LocalBackend(folder))
+    backend.when("*", "*", killed(), nth=nth)
+    save(backend, 2)
+
+
+@pytest.mark.parametrize("nth", range(1, len(CALLS) + 1), ids=lambda n: f"{n}-{CALLS[n - 1][0]}")
+def test_a_kill_before_any_call_loses_nothing_committed(tmp_path, nth):
+    save(LocalBackend(tmp_path), 1)
+    child = multiprocessing.get_context("fork").Process(target=save_and_die, args=(tmp_path, nth))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 137
+    assert load_newest(LocalBackend(tmp_path)) == 1
+    save(LocalBackend(tmp_path), 3)
+    assert load_newest(LocalBackend(tmp_path)) == 3
+
+
+def test_every_file_is_there_before_what_names_it():
+    written = [path for operation, path in CALLS if operation in ("write", "create")]
+    kinds = [path.partition("/")[2].split("/")[0].split("-")[0] + Path(path).suffix for path in written]
+    assert kinds == ["generations.json", "step.safetensors", "step.json", "step.json", "commits.json"]
+
+
+def test_a_create_whose_answer_is_lost_is_a_commit(tmp_path):
+    backend = FaultyBackend(LocalBackend(tmp_path))
+    backend.when("create", "*/commits/*", lost_answer())
+    assert save(backend, 1).step == 1
+    assert load_newest(LocalBackend(tmp_path)) == 1
+    assert not [call for call in backend.calls if call[0] == "delete"]
+
+
+def test_a_create_that_was_not_done_is_done_again():
+    backend = FaultyBackend(MemoryBackend())
+    backend.when("create", "*/commits/*", not_done())
+    save(backend, 1)
+    assert load_newest(backend) == 1
+
+
+def test_a_commit_that_stays_undecided_is_unknown_and_deletes_nothing():
+    inner = MemoryBackend()
+    backend = FaultyBackend(inner)
+    backend.when("create", "*/commits/*", not_done(), nth=None)
+    with pytest.raises(CommitUnknown):
+        save(backend, 1)
+    assert not [call for call in backend.calls if call[0] == "delete"]
+    assert [entry for entry in run_sync(inner.list("model/")) if entry.path.endswith(".safetensors")]
+
+
+@pytest.mark.parametrize("pattern", ["*.safetensors", "*/shard-*.json"])
+def test_a_part_that_cannot_be_written_is_deleted_and_the_next_save_works(pattern):
+    inner = MemoryBackend()
+    backend = FaultyBackend(inner)
+    backend.when("write", pattern, not_done())
+    with dt.CheckpointManager(backend) as manager:
+        with pytest.raises(SaveFailed, match="rank 0"):
+            manager.save(state_of(1), 1)
+        assert not [entry for entry in run_sync(inner.list("model/")) if "step-" in entry.path]
+        assert manager.save(state_of(1), 1).path.endswith("0001-2")
+    assert load_newest(inner) == 1
+
+
+def test_a_failed_delete_is_finished_by_the_next_save():
+    inner = MemoryBackend()
+    backend = FaultyBackend(inner)
+    backend.when("write", "*/shard-*.json", not_done())
+    backend.when("delete", "*", not_done())
+    with dt.CheckpointManager(backend) as manager:
+        with pytest.raises(SaveFailed):
+            manager.save(state_of(1), 1)
+        assert [entry for entry in run_sync(inner.list("model/")) if "step-" in entry.path]
+        manager.save(state_of(2), 2)
+    assert not [entry for entry in run_sync(inner.list("model/")) if "step-00000001" in entry.path]
+
+
+def test_a_failure_that_nobody_asked_for_is_told_at_the_next_save():
+    backend = FaultyBackend(MemoryBackend())
+    backend.when("write", "*.safetensors", not_done())
+    with dt.CheckpointManager(backend) as manager:
+        manager.save_async(state_of(1), 1)
+        with pytest.warns(RuntimeWarning, match="failed"):
+            manager.save_async(state_of(2), 2)
+
+
+def test_a_failure_that_nobody_asked_for_is_raised_by_close():
+    backend = FaultyBackend(MemoryBackend())
+    backend.when("write", "*.safetensors", not_done())
+    manager = dt.CheckpointManager(backend)
+    manager.save_async(state_of(1), 1)
+    with pytest.raises(SaveFailed):
+        manager.close()
+
+
+def data_file(folder: Path, step: int) -> Path:
+    (found,) = folder.glob(f"model/step-{step:08d}/*/*.safetensors")
+    return found
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "flipped first byte": lambda path: flip(path, 0),
+    "flipped last byte": lambda path: flip(path, -1),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "emptied": lambda path: path.write_bytes(b""),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"x"),
+    "missing": lambda path: path.unlink(),
+}
+TARGETS = {
+    "data": lambda folder: data_file(folder, 2),
+    "part": lambda folder: data_file(folder, 2).with_suffix(".json"),
+    "manifest": lambda folder: data_file(folder, 2).with_name("manifest.json"),
+    "commit": lambda folder: folder / "model/commits/0001-00000002.json",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning(tmp_path, target, damage):
+    if (target, damage) == ("commit", "missing"):
+        pytest.skip("without its commit file there is no checkpoint that could be damaged")
+    with dt.CheckpointManager(tmp_path, chunk_bytes=CHUNK) as manager:
+        for step in (1, 2):
+            manager.save(state_of(step), step)
+        broken = TARGETS[target](tmp_path)
+        DAMAGES[damage](broken)
+        with pytest.warns(RuntimeWarning, match=broken.name):
+            assert load_newest(LocalBackend(tmp_path)) == 1
+
+
+def test_the_warning_names_file_tensor_and_bytes(tmp_path):
+    with dt.CheckpointManager(tmp_path, chunk_bytes=CHUNK) as manager:
+        for step in (1, 2):
+            manager.save(state_of(step), step)
+    size = data_file(tmp_path, 2).stat().st_size
+    flip(data_file(tmp_path, 2), size - 1)
+    with pytest.warns(RuntimeWarning) as caught:
+        load_newest(LocalBackend(tmp_path))
+    text = str(caught[0].message)
+    assert "shard-00000-of-00001.safetensors" in text and f"{size})" in text and "tensor" in text
+
+
+def test_a_damaged_step_asked_for_by_number_is_an_error_and_changes_nothing(tmp_path):
+    save(LocalBackend(tmp_path), 1)
+    flip(data_file(tmp_path, 1), -1)
+    state = state_of(0)
+    with dt.CheckpointManager(tmp_path) as manager, pytest.raises(CorruptCheckpoint) as caught:
+        manager.load(state, step=1)
+    assert caught.value.damage and torch.equal(state["w"], state_of(0)["w"])
+
+
+def test_when_nothing_sound_is_left_the_load_says_so_and_changes_nothing(tmp_path):
+    save(LocalBackend(tmp_path), 1)
+    flip(data_file(tmp_path, 1), -1)
+    state = state_of(0)
+    with dt.CheckpointManager(tmp_path) as manager, pytest.warns(RuntimeWarning), pytest.raises(CorruptCheckpoint):
+        manager.load(state)
+    assert torch.equal(state["w"], state_of(0)["w"])
+
+
+def test_a_damaged_newest_step_is_saved_again(tmp_path):
+    with dt.CheckpointManager(tmp_path, chunk_bytes=CHUNK) as manager:
+        for step in (1, 2):
+            manager.save(state_of(step), step)
+    flip(data_file(tmp_path, 2), -1)
+    with dt.CheckpointManager(tmp_path) as manager:
+        with pytest.warns(RuntimeWarning):
+            manager.load(state_of(0))
+        assert manager.save(state_of(2), 2).generation == 2
+    assert load_newest(LocalBackend(tmp_path)) == 2
+
+
+def test_a_commit_that_another_incarnation_voided_is_lost_and_deletes_nothing(tmp_path):
+    # What a sweep of a later incarnation does: it makes the commit impossible before it deletes.
+    from dtruntime_torch.checkpoint.manifest import Commit, encode_commit
+
+    void = encode_commit(Commit("model", 1, 1, "", "", void=True))
+    (tmp_path / "model/commits").mkdir(parents=True)
+    backend = FaultyBackend(LocalBackend(tmp_path))
+
+    async def voided(call: object) -> object:
+        (tmp_path / "model/commits/0001-00000001.json").write_bytes(void)
+        return await call.proceed()  # type: ignore[attr-defined]
+
+    backend.when("create", "*/commits/*", voided)
+    with pytest.raises(CommitConflict):
+        save(backend, 1)
+    assert not [call for call in backend.calls if call[0] == "delete"]
+
+
+def test_a_script_that_ends_without_close_finishes_its_save(tmp_path):
+    script = f"""
+        import torch, dtruntime_torch as dt
+        manager = dt.CheckpointManager({str(tmp_path)!r})
+        manager.save_async({{"w": torch.zeros(1 << 22)}}, 1)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=120)
+    with dt.CheckpointManager(tmp_path) as manager:
+        assert manager.verify().ok
+
+
+def test_a_hundred_saves_leave_no_threads_or_store_keys_behind(tmp_path):
+    before = threading.active_count()
+    with dt.CheckpointManager(MemoryBackend()) as manager:
+        for step in range(100):
+            manager.save_async(state_of(step), step)
+        assert threading.active_count() <= before + 2
+    assert threading.active_count() <= before
+
+
+def test_a_foreign_checkpoint_is_refused_by_names(tmp_path):
+    save(LocalBackend(tmp_path), 1)
+    with dt.CheckpointManager(tmp_path) as manager, pytest.raises(CheckpointMismatch, match="other"):
+        manager.load({"other": torch.zeros(1)})

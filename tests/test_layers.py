@@ -1,0 +1,266 @@
+"""The house of docs/ARCHITECTURE.md: what may know what, read from the sources themselves."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "dtruntime_torch"
+CORE = ROOT / "csrc" / "core"
+BINDINGS = ROOT / "csrc" / "bindings"
+
+# A module imports only from lower layers, also inside functions and for types alone. Names are relative to the
+# package, and a pattern may stand for several.
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("_C", "_version", "errors", "checkpoint", "checkpoint.dtypes", "checkpoint.names", "checkpoint.specs"),
+    ("build", "storage", "storage.*"),
+    (
+        "checkpoint.checks",
+        "checkpoint.info",
+        "checkpoint.layout",
+        "checkpoint.lineage",
+        "checkpoint.load_plan",
+        "checkpoint.manifest",
+        "checkpoint.objects",
+        "checkpoint.read_requests",
+        "checkpoint.record_json",
+        "checkpoint.records",
+        "checkpoint.save_plan",
+        "checkpoint.strict_json",
+        "testing",
+        "testing.*",
+    ),
+    (
+        "barrier",
+        "checkpoint.catalog",
+        "checkpoint.chunk_reader",
+        "checkpoint.flatten",
+        "checkpoint.fqns",
+        "checkpoint.groups",
+        "checkpoint.handle",
+        "checkpoint.targets",
+        "membership",
+    ),
+    (
+        "checkpoint.commit",
+        "checkpoint.contents",
+        "checkpoint.shard_file",
+        "checkpoint.staging",
+        "checkpoint.verify",
+    ),
+    ("checkpoint.publish", "checkpoint.restore", "checkpoint.save"),
+    ("manager", "rng", "sampler", "writer"),
+    ("cli", "cli.*", "hook"),
+)
+
+# What a module may import from its own layer. Within a group it may import anything that does not lead back.
+SAME_LAYER = {
+    "checkpoint.dtypes": {"errors"},
+    "checkpoint.names": {"errors"},
+    "checkpoint.specs": {"checkpoint.dtypes"},
+    "checkpoint.checks": {"checkpoint.objects", "checkpoint.records", "checkpoint.strict_json"},
+    "checkpoint.info": {"checkpoint.manifest", "checkpoint.objects"},
+    "checkpoint.load_plan": {"checkpoint.records"},
+    "checkpoint.manifest": {
+        "checkpoint.checks",
+        "checkpoint.objects",
+        "checkpoint.record_json",
+        "checkpoint.records",
+        "checkpoint.strict_json",
+    },
+    "checkpoint.read_requests": {"checkpoint.records"},
+    "checkpoint.record_json": {
+        "checkpoint.checks",
+        "checkpoint.objects",
+        "checkpoint.records",
+        "checkpoint.strict_json",
+    },
+    "checkpoint.records": {"checkpoint.objects"},
+    "checkpoint.strict_json": {"checkpoint.objects"},
+    "checkpoint.save": {"checkpoint.publish"},
+    "writer": {"manager"},
+}
+GROUPS = ("storage", "testing", "cli")
+
+# Layer 2 computes: torch's types, files and clocks reach it as arguments. `testing` stands beside it, not in it.
+PURE = tuple(name for name in LAYERS[2] if not name.startswith("testing"))
+IMPURE_IMPORTS = {
+    "asyncio", "datetime", "io", "os", "pathlib", "random", "secrets", "shutil", "socket", "subprocess",
+    "tempfile", "threading", "time", "torch",
+}  # fmt: skip
+
+STANDARD_HEADER = re.compile(r"[a-z_0-9]+")
+POSIX_HEADERS = {
+    "fcntl.h", "linux/fs.h", "pthread.h", "signal.h", "sys/mman.h", "sys/stat.h", "sys/syscall.h", "unistd.h",
+}  # fmt: skip
+# pybind11 comes with torch, and is all of torch that is included. build_info names CUDA's version.
+BINDINGS_HEADER = re.compile(r"Python\.h|pybind11/[a-z_0-9/]+\.h|cuda_runtime_api\.h")
+
+
+def modules() -> dict[str, Path]:
+    """The modules of the package by their names relative to it; the package itself is ""."""
+    base = ROOT / PACKAGE
+    found = {"_C": base / "_C.pyi"}
+    for path in sorted(base.rglob("*.py")):
+        parts = path.relative_to(base).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every name that a file imports, wherever it does so, with the package's own name in front."""
+    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: imports are absolute"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def own_imports(name: str) -> set[str]:
+    """The modules of the package that a module imports."""
+    found = set()
+    for target in imports_of(MODULES[name]):
+        if target == PACKAGE or target.startswith(PACKAGE + "."):
+            inner = target[len(PACKAGE) + 1 :]
+            found.add(inner if inner in MODULES else inner.rpartition(".")[0])
+    return found
+
+
+def layers_of(name: str) -> list[int]:
+    return [number for number, layer in enumerate(LAYERS) if any(fnmatchcase(name, entry) for entry in layer)]
+
+
+def group_of(name: str) -> str | None:
+    top = name.partition(".")[0]
+    return top if top in GROUPS else None
+
+
+def reached_from(name: str) -> set[str]:
+    seen: set[str] = set()
+    queue = [name]
+    while queue:
+        module = queue.pop()
+        if module not in seen:
+            seen.add(module)
+            queue += own_imports(module)
+    return seen
+
+
+def includes(path: Path) -> Iterator[tuple[str, str]]:
+    for found in re.finditer(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', path.read_text(), re.MULTILINE):
+        yield found.group(1), found.group(2)
+
+
+def native_sources(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix in {".h", ".cpp"})
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def test_every_module_has_one_layer():
+    assert {name: layers_of(name) for name in MODULES if name and len(layers_of(name)) != 1} == {}
+
+
+def test_every_line_of_the_tables_is_in_use():
+    entries = [entry for layer in LAYERS for entry in layer]
+    assert [entry for entry in entries if not any(fnmatchcase(name, entry) for name in MODULES)] == []
+    edges = [(name, target) for name, targets in SAME_LAYER.items() for target in targets]
+    assert [edge for edge in edges if edge[1] not in own_imports(edge[0])] == []
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name])
+def test_a_module_imports_only_lower_layers(name):
+    def allowed(target: str) -> bool:
+        same_group = group_of(name) is not None and group_of(name) == group_of(target)
+        lower = bool(target) and layers_of(target) < layers_of(name)
+        return lower or same_group or target in SAME_LAYER.get(name, ())
+
+    assert [target or PACKAGE for target in own_imports(name) if not allowed(target)] == []
+
+
+def test_no_import_leads_back():
+    graph = {name: own_imports(name) - {name} for name in MODULES if name}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"a cycle of imports: {error.args[1]}")
+
+
+def test_the_package_itself_loads_only_the_lowest_layer():
+    body = ast.parse(MODULES[""].read_text(encoding="utf-8")).body
+    loaded = {
+        f"{node.module}.{alias.name}"
+        for node in body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if str(node.module).startswith(PACKAGE)
+    }
+    assert loaded <= {f"{PACKAGE}.errors", f"{PACKAGE}._version.__version__"}
+    assert not any(isinstance(node, ast.Import) and node.names[0].name == "torch" for node in body)
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_a_pure_module_imports_nothing_of_the_world(name):
+    assert {target.partition(".")[0] for target in imports_of(MODULES[name])} & IMPURE_IMPORTS == set()
+    assert {target for target in own_imports(name) if layers_of(target) == [1]} == set()
+
+
+def test_what_the_command_line_reaches_is_free_of_torch():
+    reached = reached_from("cli")
+    assert "manager" not in reached
+    with_torch = [name for name in reached if any(re.match(r"torch\b", t) for t in imports_of(MODULES[name]))]
+    assert with_torch == []
+
+
+def test_the_sampler_and_the_checkpoints_meet_only_in_the_hook():
+    assert not any(name.startswith("checkpoint") for name in reached_from("sampler"))
+    assert [name for name in MODULES if "sampler" in own_imports(name)] in ([], ["hook"], ["", "hook"])
+
+
+def test_nothing_imports_the_testing_tools():
+    users = [name for name in MODULES if name and any(group_of(t) == "testing" for t in own_imports(name))]
+    assert [name for name in users if group_of(name) != "testing"] == []
+
+
+@pytest.mark.parametrize("path", native_sources(CORE), ids=relative)
+def test_the_core_includes_only_the_core_and_the_standard_library(path):
+    for mark, name in includes(path):
+        if mark == '"':
+            assert (path.parent / name).resolve().parent == CORE, name
+        else:
+            assert STANDARD_HEADER.fullmatch(name) or name in POSIX_HEADERS, name
+
+
+@pytest.mark.parametrize("path", native_sources(BINDINGS), ids=relative)
+def test_the_bindings_include_the_core_and_python_but_not_torch(path):
+    for mark, name in includes(path):
+        if mark == '"':
+            assert (path.parent / name).resolve().parent in (CORE, BINDINGS), name
+        else:
+            assert STANDARD_HEADER.fullmatch(name) or BINDINGS_HEADER.fullmatch(name), name
+
+
+def test_there_is_no_other_room_in_csrc():
+    assert native_sources(ROOT / "csrc") == native_sources(BINDINGS) + native_sources(CORE)
+    assert native_sources(CORE) and native_sources(BINDINGS)
+
+
+def test_no_file_is_longer_than_can_be_read_at_a_sitting():
+    paths = [*MODULES.values(), *native_sources(ROOT / "csrc")]
+    assert {relative(path): n for path in paths if (n := path.read_text().count("\n")) > 400} == {}

@@ -1,0 +1,225 @@
+"""What a user of CheckpointManager meets: order, errors at the door, metadata, listings, closing."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import torch
+
+import dtruntime_torch as dt
+from dtruntime_torch.errors import (
+    CheckpointMismatch,
+    CheckpointNotFound,
+    CommitConflict,
+    InvalidArgument,
+    StorageError,
+    UnsupportedType,
+)
+
+STATE = {"w": torch.arange(6.0)}
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_nothing_is_made_before_the_first_save(tmp_path):
+    with dt.CheckpointManager(tmp_path / "new"):
+        assert not (tmp_path / "new").exists()
+
+
+def test_latest_of_nothing_is_none(tmp_path):
+    with dt.CheckpointManager(tmp_path) as manager:
+        assert manager.latest() is None and manager.list() == []
+
+
+def test_list_is_in_the_order_of_generation_and_step(tmp_path):
+    with dt.CheckpointManager(tmp_path) as manager:
+        for step in (5, 10):
+            manager.save(STATE, step)
+    with dt.CheckpointManager(tmp_path) as manager:
+        manager.load({"w": torch.zeros(6)}, step=5)
+        manager.save(STATE, 7)
+        assert [(info.generation, info.step) for info in manager.list()] == [(1, 5), (1, 10), (2, 7)]
+        latest = manager.latest()
+        assert latest is not None and latest.step == 7
+
+
+def test_info_tells_what_was_saved(tmp_path):
+    with dt.CheckpointManager(tmp_path, "net") as manager:
+        info = manager.save(STATE, 3, metadata={"loss": 0.5})
+        assert info == manager.latest()
+    assert (info.name, info.step, info.nbytes, info.full, info.world_size) == ("net", 3, 24, True, 1)
+    assert info.metadata == {"loss": 0.5} and info.versions["torch"] == torch.__version__
+    assert info.path == "net/step-00000003/0001-1" and info.written > 24
+
+
+def test_a_save_is_awaitable(tmp_path):
+    async def save(manager: dt.CheckpointManager) -> dt.CheckpointInfo:
+        return await manager.save_async(STATE, 1)
+
+    with dt.CheckpointManager(tmp_path) as manager:
+        assert asyncio.run(save(manager)).step == 1
+
+
+def test_a_manager_works_inside_a_running_event_loop(tmp_path):
+    async def main() -> int:
+        with dt.CheckpointManager(tmp_path) as manager:
+            manager.save(STATE, 1)
+            return manager.load({"w": torch.zeros(6)}).step
+
+    assert asyncio.run(main()) == 1
+
+
+def test_load_fills_the_newest(tmp_path):
+    with dt.CheckpointManager(tmp_path) as manager:
+        for step in (1, 2):
+            manager.save({"w": torch.full((6,), float(step)), "note": f"step {step}"}, step)
+        state = {"w": torch.zeros(6), "note": ""}
+        assert manager.load(state).step == 2
+    assert torch.equal(state["w"], torch.full((6,), 2.0)) and state["note"] == "step 2"
+
+
+def test_a_step_can_be_asked_for(tmp_path):
+    with dt.CheckpointManager(tmp_path) as manager:
+        for step in (1, 2):
+            manager.save({"w": torch.full((6,), float(step))}, step)
+        state = {"w": torch.zeros(6)}
+        assert manager.load(state, step=1).step == 1
+    assert torch.equal(state["w"], torch.ones(6))
+
+
+def test_load_of_nothing_says_so(tmp_path):
+    with dt.CheckpointManager(tmp_path) as manager, pytest.raises(CheckpointNotFound, match="model"):
+        manager.load({"w": torch.zeros(6)})
+
+
+def test_load_of_an_unknown_step_says_so(tmp_path):
+    with dt.CheckpointManager(tmp_path) as manager:
+        manager.save(STATE, 1)
+        with pytest.raises(CheckpointNotFound, match="7"):
+            manager.load({"w": torch.zeros(6)}, step=7)
+
+
+def test_a_roll_back_saves_the_same_steps_again(tmp_path):
+    with dt.CheckpointManager(tmp_path) as manager:
+        for step in (500, 1000):
+            manager.save(STATE, step)
+    with dt.CheckpointManager(tmp_path) as manager:
+        manager.load({"w": torch.zeros(6)}, step=500)
+        info = manager.save({"w": torch.ones(6)}, 1000)
+        assert (info.generation, info.step) == (2, 1000)
+        state = {"w": torch.zeros(6)}
+        assert manager.load(state) == info
+    assert torch.equal(state["w"], torch.ones(6))
+
+
+@pytest.mark.parametrize("step", [3, 5])
+def test_a_manager_that_loaded_nothing_saves_only_above_the_newest_step(tmp_path, step):
+    with dt.CheckpointManager(tmp_path) as manager:
+        manager.save(STATE, 5)
+    before = files(tmp_path)
+    with dt.CheckpointManager(tmp_path) as manager, pytest.raises(CommitConflict, match="load"):
+        manager.save(STATE, step)
+    assert files(tmp_path) == before
+
+
+def test_steps_must_rise(tmp_path):
+    with dt.CheckpointManager(tmp_path) as manager:
+        manager.save(STATE, 5)
+        with pytest.raises(InvalidArgument, match="not above 5"):
+            manager.save(STATE, 5)
+        manager.save(STATE, 6)
+
+
+def test_a_replaced_manager_learns_it_at_its_next_save(tmp_path):
+    with dt.CheckpointManager(tmp_path) as old, dt.CheckpointManager(tmp_path) as new:
+        old.save(STATE, 1)
+        new.load({"w": torch.zeros(6)})
+        new.save(STATE, 2)
+        with pytest.raises(CommitConflict, match="replaced"):
+            old.save(STATE, 3)
+        assert [info.step for info in new.list()] == [1, 2]
+
+
+def test_the_save_after_a_failed_one_is_good(tmp_path):
+    with dt.CheckpointManager(tmp_path) as manager:
+        manager.save(STATE, 1)
+        with pytest.raises(UnsupportedType):
+            manager.save({"w": object()}, 2)
+        manager.save(STATE, 2)
+        assert manager.verify().ok
+
+
+@pytest.mark.parametrize("step", [-1, 1.5, "7", True, None, 10**30])
+def test_a_step_that_is_no_step_is_refused(tmp_path, step):
+    with dt.CheckpointManager(tmp_path) as manager, pytest.raises(InvalidArgument, match="step"):
+        manager.save(STATE, step)
+    assert not files(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", ".hidden", "a/b", "..", "x" * 101, "ü"])
+def test_a_bad_name_is_refused(tmp_path, name):
+    with pytest.raises(InvalidArgument, match="name"):
+        dt.CheckpointManager(tmp_path, name)
+
+
+@pytest.mark.parametrize("metadata", [object(), {1: 2}, (1,), float("nan"), {"t": torch.ones(1)}])
+def test_metadata_that_is_no_json_is_refused(tmp_path, metadata):
+    with dt.CheckpointManager(tmp_path) as manager, pytest.raises(InvalidArgument, match="metadata"):
+        manager.save(STATE, 1, metadata=metadata)
+
+
+def test_a_path_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises((InvalidArgument, StorageError), match="file"):
+        dt.CheckpointManager(tmp_path / "file")
+
+
+def test_what_cannot_be_encoded_is_named_by_its_key(tmp_path):
+    with dt.CheckpointManager(tmp_path) as manager, pytest.raises(UnsupportedType, match=r"a\.b"):
+        manager.save({"a": {"b": object()}}, 1)
+    assert not files(tmp_path)
+
+
+def test_all_differences_are_listed_and_nothing_is_changed(tmp_path):
+    with dt.CheckpointManager(tmp_path) as manager:
+        manager.save({"same": torch.ones(2), "shape": torch.ones(3), "gone": torch.ones(1)}, 1)
+        state = {"same": torch.zeros(2), "shape": torch.zeros(4), "new": torch.zeros(1)}
+        with pytest.raises(CheckpointMismatch) as caught:
+            manager.load(state)
+    assert all(name in str(caught.value) for name in ("shape", "gone", "new"))
+    assert "same" not in str(caught.value) and not state["same"].any()
+
+
+def test_a_closed_manager_refuses(tmp_path):
+    manager = dt.CheckpointManager(tmp_path)
+    manager.close()
+    manager.close()
+    with pytest.raises(InvalidArgument, match="closed"):
+        manager.save(STATE, 1)
+
+
+def test_close_waits_for_the_save(tmp_path):
+    manager = dt.CheckpointManager(tmp_path)
+    handle = manager.save_async(STATE, 1)
+    manager.close()
+    assert handle.done() and handle.result().step == 1
+
+
+def test_a_writer_writes_bytes_and_states_under_any_name(tmp_path):
+    async def write() -> None:
+        writer = dt.CheckpointWriter(tmp_path)
+        await asyncio.gather(
+            writer.write_checkpoint("blob", 1, b"data"), writer.write_checkpoint("net", 4, STATE)
+        )
+        await writer.write_checkpoint("blob", 2, b"more")
+
+    asyncio.run(write())
+    with dt.CheckpointManager(tmp_path) as manager:
+        assert manager.load_checkpoint("blob") == b"more"
+        assert manager.load_checkpoint("blob", step=1) == b"data"
+        loaded = manager.load_checkpoint("net")
+    assert isinstance(loaded, dict) and torch.equal(loaded["w"], STATE["w"])
