@@ -17,7 +17,8 @@ ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet
+# Quiet but for errors; those of a compiler come with the error.
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 .DEFAULT_GOAL := setup

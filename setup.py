@@ -9,7 +9,7 @@ import os
 from glob import glob
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, setup  # type: ignore[import-untyped]
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parent

@@ -191,9 +191,7 @@ def rename_noreplace(source: str | bytes | PathLike[str], target: str | bytes | 
             kernel cannot.
     """
 
-def permute(
-    n: int, key: tuple[int, int], start: int, stride: int, count: int, version: int = 0
-) -> list[int]:
+def permute(n: int, key: tuple[int, int], start: int, stride: int, count: int, version: int = 0) -> list[int]:
     """Gives a slice of the keyed permutation of range(n), without a table.
 
     Args:

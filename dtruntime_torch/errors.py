@@ -64,7 +64,21 @@ class LoadFailed(DTRuntimeError, RuntimeError):
 
 
 class BarrierTimeout(DTRuntimeError, TimeoutError):
-    """Ranks did not arrive in time; the message names them."""
+    """Ranks did not arrive in time; the message names them.
+
+    Attributes:
+        missing: the ranks that did not arrive, as far as this one knows.
+        decided: rank 0 said that it gave up, so that what was waited for never happens. Otherwise it may.
+    """
+
+    def __init__(self, message: str, missing: Sequence[int] = (), decided: bool = False) -> None:
+        super().__init__(message)
+        self.missing = tuple(missing)
+        self.decided = decided
+
+
+class StoreUnreachable(DTRuntimeError, ConnectionError):
+    """The Store that the ranks share no longer answers: the process that keeps it has ended."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 import dtruntime_torch as dt
 
@@ -112,19 +112,17 @@ class Job:
 
     def watch(self, until: Callable[[int], bool], total: int) -> None:
         """Shows the job's progress until it ended, or `until` (steps recorded so far) says so."""
-        deadline = time.monotonic() + TIME_LIMIT
+        began, done, ended = time.monotonic(), 0, False
         title = f"({self.phase[0]}) on {self.ranks} rank{'s' * (self.ranks > 1)}"
-        with tqdm(total=total, desc=title, unit="step", disable=None) as bar:
-            while True:
+        with tqdm(total=total, desc=title, unit="step", disable=None, leave=False) as bar:
+            while not ended and not until(done):
+                if time.monotonic() - began > TIME_LIMIT:
+                    self.kill()
+                    raise PhaseFailed(f"{title} took over {TIME_LIMIT:.0f} s; see {self.output}")
                 ended = wait(self.process, TICK)
                 done = sum(1 for _ in recorded(self.record / "rank-0.jsonl", "loss"))
                 bar.update(done - bar.n)
-                if ended or until(done):
-                    return
-                if time.monotonic() > deadline:
-                    raise PhaseFailed(
-                        f"({self.phase}) did not end within {TIME_LIMIT:.0f} s; see {self.output}"
-                    )
+        print(f"{title}: {done} steps, {time.monotonic() - began:.1f} s with the start", flush=True)
 
     def finish(self, total: int) -> Run:
         """Waits for the end of the job and reads what it recorded."""

@@ -17,7 +17,7 @@ from dtruntime_torch import _C
 from dtruntime_torch.errors import InvalidArgument
 from dtruntime_torch.sampler import BLOCK, ElasticDistributedSampler
 
-LENGTHS = (1, 2, 3, 7, 8, 9, 31, 32, 33, 257, BLOCK - 1, BLOCK, BLOCK + 1)
+LENGTHS = (1, 2, 3, 7, 8, 9, 31, 32, 33, 257, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 5)
 WORLD_SIZES = (1, 2, 3, 4, 7, 40)
 
 

@@ -24,7 +24,6 @@ from dtruntime_torch.checkpoint.records import (
     PartRef,
     TensorEntry,
 )
-from dtruntime_torch.checkpoint.specs import Shape
 from dtruntime_torch.checkpoint.strict_json import Refused
 from dtruntime_torch.errors import InvalidArgument
 
@@ -89,9 +88,8 @@ def check_part(part: Part) -> None:
     for file in part.files:
         _check_file(file, part)
     _check_distinct("file", (file.path for file in part.files))
-    _require(
-        sum(is_own(file, part.attempt) for file in part.files) <= 1, "it has two files in its own attempt"
-    )
+    own = [file for file in part.files if is_own(file, part.attempt)]
+    _require(len(own) <= 1, "it has two files in its own attempt")
     leaves: list[TensorEntry | ObjectEntry] = [*part.tensors, *part.objects]
     for leaf in leaves:
         _require(len(leaf.path) <= MAX_DEPTH, f"{leaf.fqn!r} lies more than {MAX_DEPTH} deep")
@@ -172,67 +170,56 @@ def _check_tensor(tensor: TensorEntry, part: Part) -> None:
     fqn = tensor.fqn
     if not is_known(tensor.dtype):
         raise Refused(f"{fqn!r} has an unknown dtype {tensor.dtype!r}; upgrade dtruntime_torch")
-    sound_name = is_text(tensor.name) and tensor.name != "__metadata__"
-    _require(sound_name, f"{tensor.name!r} cannot name a tensor in a safetensors file")
-    _check_box(tensor)
+    nameable = is_text(tensor.name) and tensor.name != "__metadata__"
+    _require(nameable, f"{tensor.name!r} cannot name a tensor in a safetensors file")
     _require(tensor.alias != fqn, f"{fqn!r} is tied to itself")
-    _require(
-        not tensor.is_bytes or (tensor.dtype == "uint8" and len(tensor.shape) == 1),
-        f"{fqn!r} is bytes and no 1-d uint8",
-    )
+    _check_box(tensor)
+    bytes_like = tensor.dtype == "uint8" and len(tensor.shape) == 1
+    _require(bytes_like or not tensor.is_bytes, f"{fqn!r} is bytes and no 1-d uint8")
     chunks = -(-tensor.nbytes // part.chunk_bytes)
-    _require(
-        len(tensor.digests) == DIGEST_BYTES * chunks,
-        f"{fqn!r} has {chunks} chunks and {len(tensor.digests)} bytes of digests",
-    )
+    digested = len(tensor.digests) == DIGEST_BYTES * chunks
+    _require(digested, f"{fqn!r} has {chunks} chunks and {len(tensor.digests)} bytes of digests")
     _check_extents_of(tensor, part)
 
 
 def _check_box(tensor: TensorEntry) -> None:
-    whole, offsets, shape = tensor.global_shape, tensor.offsets, tensor.shape
-    _require(len(whole) <= MAX_DIMENSIONS, f"{tensor.fqn!r} has more than {MAX_DIMENSIONS} dimensions")
+    fqn, whole, offsets, shape = tensor.fqn, tensor.global_shape, tensor.offsets, tensor.shape
+    _require(len(whole) <= MAX_DIMENSIONS, f"{fqn!r} has more than {MAX_DIMENSIONS} dimensions")
     _require(
-        len(whole) == len(offsets) == len(shape)
-        and all(start + size <= full for start, size, full in zip(offsets, shape, whole, strict=True)),
-        f"{tensor.fqn!r}: a shard of shape {list(shape)} at {list(offsets)} is not in {list(whole)}",
+        len(whole) == len(offsets) == len(shape), f"{fqn!r} is not in the whole: it has other dimensions"
     )
-    _require(
-        _extent_of(whole) * itemsize(tensor.dtype) <= MAX_INTEGER, f"{tensor.fqn!r} is too large to exist"
-    )
-
-
-def _extent_of(shape: Shape) -> int:
-    # Empty dimensions count as 1: strides are computed from the others.
-    return math.prod(max(size, 1) for size in shape)
+    for start, size, full in zip(offsets, shape, whole, strict=True):
+        _require(start + size <= full, f"{fqn!r}: [{start}, {start + size}) is not in the whole of {full}")
+    # Empty dimensions count as 1, for strides are computed from the others.
+    elements = math.prod(max(size, 1) for size in whole)
+    _require(elements * itemsize(tensor.dtype) <= MAX_INTEGER, f"{fqn!r} is too large to exist")
 
 
 def _check_extents_of(tensor: TensorEntry, part: Part) -> None:
+    fqn, length = tensor.fqn, 0
     for extent in tensor.extents:
-        _require(extent.file < len(part.files), f"{tensor.fqn!r} lies in a file that is not listed")
-        file = part.files[extent.file]
-        _require(
-            extent.length > 0
-            and extent.offset >= file.header_length
-            and extent.offset + extent.length <= file.length,
-            f"{tensor.fqn!r}: bytes [{extent.offset}, {extent.offset + extent.length}) are no data of {file.path}",
-        )
-    for extent in tensor.extents[:-1]:
-        _require(extent.length % part.chunk_bytes == 0, f"{tensor.fqn!r}: a chunk spans two extents")
-    length = sum(extent.length for extent in tensor.extents)
-    _require(length == tensor.nbytes, f"{tensor.fqn!r} has {tensor.nbytes} bytes and {length} in extents")
+        _require(extent.file < len(part.files), f"{fqn!r} lies in a file that is not listed")
+        _require(length % part.chunk_bytes == 0, f"{fqn!r}: a chunk spans two extents")
+        file, end = part.files[extent.file], extent.offset + extent.length
+        inside = file.header_length <= extent.offset < end <= file.length
+        _require(inside, f"{fqn!r}: bytes [{extent.offset}, {end}) are no data of {file.path}")
+        length += extent.length
+    _require(length == tensor.nbytes, f"{fqn!r} has {tensor.nbytes} bytes and {length} in extents")
 
 
 def _check_extents(part: Part) -> None:
     """No two share a byte, and in the part's own safetensors file no byte is in none: so all is digested."""
     ends = [file.header_length for file in part.files]
-    gaps = [False] * len(part.files)
-    placed = sorted((e.file, e.offset, e.length, t.fqn) for t in part.tensors for e in t.extents)
-    for file, offset, length, fqn in placed:
+    data = [0] * len(part.files)
+    for file, offset, length, fqn in sorted(
+        (extent.file, extent.offset, extent.length, tensor.fqn)
+        for tensor in part.tensors
+        for extent in tensor.extents
+    ):
         _require(offset >= ends[file], f"{fqn!r} overlaps another tensor in {part.files[file].path}")
-        gaps[file] |= offset > ends[file]
         ends[file] = offset + length
-    for file_ref, end, gap in zip(part.files, ends, gaps, strict=True):
-        if is_own(file_ref, part.attempt) and file_ref.path.endswith(names.DATA_SUFFIX):
-            _require(
-                not gap and end == file_ref.length, f"{file_ref.path} has bytes that belong to no tensor"
-            )
+        data[file] += length
+    for ref, nbytes in zip(part.files, data, strict=True):
+        if is_own(ref, part.attempt) and ref.path.endswith(names.DATA_SUFFIX):
+            covered = ref.header_length + nbytes == ref.length
+            _require(covered, f"{ref.path} has bytes that belong to no tensor")

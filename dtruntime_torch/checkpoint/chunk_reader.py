@@ -13,7 +13,7 @@ from functools import partial
 from typing_extensions import Buffer
 
 from dtruntime_torch import _C
-from dtruntime_torch.checkpoint.read_requests import Piece, Request, pieces_by_file, requests_for
+from dtruntime_torch.checkpoint.read_requests import Piece, Request, pieces_by_file, requests_for, split_at
 from dtruntime_torch.checkpoint.records import FileRef, Part
 from dtruntime_torch.errors import Damage, NotFound, StorageError
 from dtruntime_torch.storage.backend import StorageBackend
@@ -94,8 +94,7 @@ class _Reader:
         if size is None:
             self._on_bytes(sum(piece.length for piece in pieces))
             return [Damage(self._path(known), None, 0, known.length, f"{known.length} bytes", "missing")]
-        there = [piece for piece in pieces if piece.offset + piece.length <= size]
-        lost = [piece for piece in pieces if piece.offset + piece.length > size]
+        there, lost = split_at(pieces, size, self._part.chunk_bytes)
         damage = self._check_length(known, size) + self._lose(known, lost)
         if known.header_length <= size:
             damage += await self._check_header(known)

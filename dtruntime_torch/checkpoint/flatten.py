@@ -120,7 +120,9 @@ class _Collector:
         box = self._boxes.find(node.value, node.fqn)
         require_member(box, self._rank, node.fqn)
         memory = _memory(tensor)
-        alias = self._first_at.setdefault((memory, box, node.per_rank), node.fqn) if tensor.numel() else node.fqn
+        alias = (
+            self._first_at.setdefault((memory, box, node.per_rank), node.fqn) if tensor.numel() else node.fqn
+        )
         self._tensors[node.fqn] = tensor
         self._tensor_specs.append(
             TensorSpec(
@@ -214,7 +216,9 @@ def _counter_of(counts: object) -> Counter[object]:
 
 
 objects.register_codec(torch.Size, "torch.Size", list, _size_of)
-objects.register_codec(torch.dtype, "torch.dtype", lambda dtype: str(dtype).removeprefix("torch."), _dtype_named)
+objects.register_codec(
+    torch.dtype, "torch.dtype", lambda dtype: str(dtype).removeprefix("torch."), _dtype_named
+)
 objects.register_codec(torch.device, "torch.device", str, _device_named)
 # MultiStepLR keeps its milestones in one.
 objects.register_codec(Counter, "collections.Counter", dict, _counter_of)

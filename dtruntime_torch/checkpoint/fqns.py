@@ -30,8 +30,13 @@ class _Naming(NamedTuple):
         return (
             len(self.parameters) == len(parameters)
             and len(self.modules) == len(modules)
-            and all(known() is parameter for known, parameter in zip(self.parameters, parameters, strict=True))
-            and all(modules.get(key) is module() for key, module in self.modules)
+            and all(
+                known() is parameter for known, parameter in zip(self.parameters, parameters, strict=True)
+            )
+            and all(
+                key == known_key and known() is module
+                for (known_key, known), (key, module) in zip(self.modules, modules.items(), strict=True)
+            )
         )
 
 
@@ -157,4 +162,6 @@ def _name(key: object, names: Sequence[str], where: str) -> str:
         return names[key]
     if type(key) is str:  # kept beside the state of the parameters
         return key
-    raise UnsupportedType(f"{where}: the key {key!r} in the optimizer's state is neither a parameter nor a str")
+    raise UnsupportedType(
+        f"{where}: the key {key!r} in the optimizer's state is neither a parameter nor a str"
+    )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import torch
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]  # not in its __all__
 
 from dtruntime_torch.checkpoint import dtypes
 from dtruntime_torch.checkpoint.specs import Shape
@@ -59,9 +60,10 @@ class BoxFinder:
         if key not in self._found:
             self._found[key] = _find_box(shape, tensor.device_mesh, tensor.placements, where)
         box = self._found[key]
-        if tuple(tensor.to_local().shape) != box.shape:
+        local_shape = tuple(local_part(tensor).shape)
+        if local_shape != box.shape:
             raise UnsupportedType(
-                f"{where}: the local shard has shape {list(tensor.to_local().shape)}, and the placements "
+                f"{where}: the local shard has shape {list(local_shape)}, and the placements "
                 f"{tensor.placements} of a tensor of shape {list(shape)} give {list(box.shape)}"
             )
         return box
@@ -80,14 +82,19 @@ def local_tensor(tensor: torch.Tensor, where: str) -> torch.Tensor:
         UnsupportedType: it has no data that could be stored as it is; the message says what to do.
     """
     check_dtype(tensor, where)
-    if not is_dtensor(tensor):
-        check_plain(tensor, where)
-        return tensor.detach().resolve_conj().resolve_neg()
-    local = tensor.detach().to_local()
-    if hasattr(local, "wait"):
-        local = local.wait()
+    local = local_part(tensor)
     check_plain(local, where)
-    return local.resolve_conj().resolve_neg()
+    return local.detach().resolve_conj().resolve_neg()
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """A DTensor's local shard, or the tensor itself."""
+    if not is_dtensor(tensor):
+        return tensor
+    with torch.no_grad():
+        local: torch.Tensor = tensor.to_local()
+    # The result of a collective that may still be under way.
+    return local.wait() if hasattr(local, "wait") else local
 
 
 def check_dtype(tensor: torch.Tensor, where: str) -> None:
@@ -118,7 +125,7 @@ def check_plain(tensor: torch.Tensor, where: str) -> None:
     Raises:
         UnsupportedType: says what to store instead.
     """
-    if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
+    if isinstance(tensor, UninitializedTensorMixin):
         raise UnsupportedType(f"{where}: a lazy parameter has no shape yet; run a forward pass first")
     if tensor.is_meta:
         raise UnsupportedType(
@@ -170,7 +177,7 @@ def _find_box(shape: Shape, mesh: DeviceMesh, placements: Placements, where: str
 
 
 def _check_is_box(
-    shape: Shape, mesh: DeviceMesh, placements: Placements, coordinate: list[int], where: str
+    shape: Shape, mesh: DeviceMesh, placements: Placements, coordinate: Sequence[int], where: str
 ) -> None:
     """Refuses a shard whose rows do not lie side by side in the whole tensor; torch gives such a one an offset."""
     if all(placement.is_replicate() or placement.is_shard() for placement in placements):

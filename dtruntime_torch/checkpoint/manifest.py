@@ -1,7 +1,7 @@
 """The JSON files of a checkpoint, to bytes and back. Pure: no I/O, no clock.
 
 Encoding is canonical, so that equal records have equal bytes and one SHA-256. Decoding trusts nothing: the types
-of the fields in `record_json`, what they say together in `checks`. docs/FORMAT.md is the specification.
+of the fields in `part_json` and `manifest_json`, what they say together in `checks`. docs/FORMAT.md is the specification.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from dtruntime_torch.checkpoint import checks, record_json, strict_json
+from dtruntime_torch.checkpoint import checks, manifest_json, part_json, strict_json
 from dtruntime_torch.checkpoint.objects import Json
 from dtruntime_torch.checkpoint.records import (
     Commit,
@@ -54,7 +54,7 @@ def encode_part(part: Part) -> bytes:
     Raises:
         InvalidArgument: `decode_part` would refuse it; the message says why.
     """
-    return _encode("part", part, checks.check_part, record_json.part_to_json)
+    return _encode("part", part, checks.check_part, part_json.part_to_json)
 
 
 def decode_part(data: bytes, source: str) -> Part:
@@ -67,7 +67,7 @@ def decode_part(data: bytes, source: str) -> Part:
     Raises:
         CorruptCheckpoint: it is no part, contradicts itself, or is of a newer version.
     """
-    return _decode("part", data, source, record_json.part_from, checks.check_part)
+    return _decode("part", data, source, part_json.part_from, checks.check_part)
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
@@ -76,7 +76,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
     Raises:
         InvalidArgument: `decode_manifest` would refuse it; the message says why.
     """
-    return _encode("manifest", manifest, checks.check_manifest, record_json.manifest_to_json)
+    return _encode("manifest", manifest, checks.check_manifest, manifest_json.manifest_to_json)
 
 
 def decode_manifest(data: bytes, source: str) -> Manifest:
@@ -90,7 +90,7 @@ def decode_manifest(data: bytes, source: str) -> Manifest:
         CorruptCheckpoint: it is no manifest, contradicts itself, is of a newer version, or requires a feature that
             this version does not know.
     """
-    return _decode("manifest", data, source, record_json.manifest_from, checks.check_manifest)
+    return _decode("manifest", data, source, manifest_json.manifest_from, checks.check_manifest)
 
 
 def encode_commit(commit: Commit) -> bytes:
@@ -103,7 +103,7 @@ def encode_commit(commit: Commit) -> bytes:
         >>> encode_commit(Commit("model", 7, 100, "", "", void=True))[:38]
         b'{"attempt":"","format":"dtruntime.comm'
     """
-    return _encode("commit", commit, checks.check_commit, record_json.commit_to_json)
+    return _encode("commit", commit, checks.check_commit, manifest_json.commit_to_json)
 
 
 def decode_commit(data: bytes, source: str) -> Commit:
@@ -116,7 +116,7 @@ def decode_commit(data: bytes, source: str) -> Commit:
     Raises:
         CorruptCheckpoint: it is no commit, contradicts itself, or is of a newer version.
     """
-    return _decode("commit", data, source, record_json.commit_from, checks.check_commit)
+    return _decode("commit", data, source, manifest_json.commit_from, checks.check_commit)
 
 
 def encode_generation(generation: Generation) -> bytes:
@@ -125,7 +125,7 @@ def encode_generation(generation: Generation) -> bytes:
     Raises:
         InvalidArgument: `decode_generation` would refuse it; the message says why.
     """
-    return _encode("generation", generation, checks.check_generation, record_json.generation_to_json)
+    return _encode("generation", generation, checks.check_generation, manifest_json.generation_to_json)
 
 
 def decode_generation(data: bytes, source: str) -> Generation:
@@ -138,7 +138,7 @@ def decode_generation(data: bytes, source: str) -> Generation:
     Raises:
         CorruptCheckpoint: it is no generation record, or is of a newer version.
     """
-    return _decode("generation", data, source, record_json.generation_from, checks.check_generation)
+    return _decode("generation", data, source, manifest_json.generation_from, checks.check_generation)
 
 
 def _encode(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple, Union
+from typing import NamedTuple
 
 import torch
 
@@ -12,7 +12,7 @@ from dtruntime_torch.checkpoint.records import ObjectEntry
 from dtruntime_torch.checkpoint.specs import Kind, Path
 from dtruntime_torch.errors import CheckpointMismatch
 
-SavedLeaf = Union[SavedTensor, ObjectEntry]
+SavedLeaf = SavedTensor | ObjectEntry
 
 
 class _Step(NamedTuple):
@@ -129,10 +129,10 @@ def _nest(placed: Sequence[_Placed], depth: int, value_of: Callable[[SavedLeaf],
         return {}
     if len(placed) == 1 and len(placed[0].way) == depth:
         return value_of(placed[0].leaf)
+    if any(len(one.way) == depth for one in placed) or len({one.way[depth].container for one in placed}) > 1:
+        raise _no_room(placed[0], depth)
     by_step: dict[_Step, list[_Placed]] = {}
     for one in placed:
-        if len(one.way) == depth or one.way[depth].container != placed[-1].way[depth].container:
-            raise _no_room(one, depth)
         by_step.setdefault(one.way[depth], []).append(one)
     container = placed[0].way[depth].container
     if container == "dict":

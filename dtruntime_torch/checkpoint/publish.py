@@ -175,7 +175,9 @@ class Publisher:
             written=sum(arrival["part"]["data_length"] for arrival in arrivals),
             parts=tuple(PartRef(**arrival["part"]) for arrival in arrivals),
         )
-        outcome = run_sync(commit.commit(self._backend, manifest))
+        # Not longer than the others wait for the answer.
+        patience = commit.Patience(seconds=min(60.0, self._members.barrier.timeout))
+        outcome = run_sync(commit.commit(self._backend, manifest, patience))
         return _outcome(
             outcome.kind, outcome.message, CheckpointInfo.of(manifest, outcome.manifest_sha256)
         )

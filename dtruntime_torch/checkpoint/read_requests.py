@@ -7,7 +7,7 @@ costs a round trip, and its bytes are held in memory until they are checked.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dtruntime_torch.checkpoint.records import Part
 
@@ -65,6 +65,20 @@ def pieces_by_file(part: Part, wanted: Iterable[int]) -> dict[int, list[Piece]]:
     for of_file in pieces.values():
         of_file.sort(key=lambda piece: piece.offset)
     return pieces
+
+
+def split_at(pieces: Sequence[Piece], size: int, chunk_bytes: int) -> tuple[list[Piece], list[Piece]]:
+    """What of the pieces a file of `size` bytes still has, in whole chunks, and what it lost."""
+    there, lost = [], []
+    for piece in pieces:
+        whole = piece.length
+        if piece.offset + piece.length > size:
+            whole = max(0, size - piece.offset) // chunk_bytes * chunk_bytes
+            rest = piece.length - whole
+            lost.append(replace(piece, offset=piece.offset + whole, length=rest, start=piece.start + whole))
+        if whole:
+            there.append(replace(piece, length=whole))
+    return there, lost
 
 
 def requests_for(file: int, pieces: Sequence[Piece]) -> Iterator[Request]:

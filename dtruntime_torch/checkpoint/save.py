@@ -12,7 +12,7 @@ import warnings
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
-from dtruntime_torch import _C
+from dtruntime_torch import _C, errors
 from dtruntime_torch.checkpoint import commit, groups
 from dtruntime_torch.checkpoint.flatten import FlatState, flatten_state
 from dtruntime_torch.checkpoint.handle import SaveHandle, SaveMetrics
@@ -22,8 +22,9 @@ from dtruntime_torch.checkpoint.lineage import Lineage
 from dtruntime_torch.checkpoint.objects import Json
 from dtruntime_torch.checkpoint.publish import Publisher, Snapshot, failed_arrival
 from dtruntime_torch.checkpoint.save_plan import make_save_plan
-from dtruntime_torch.checkpoint.specs import SavePlan
+from dtruntime_torch.checkpoint.specs import FlatSpecs, SavePlan
 from dtruntime_torch.checkpoint.staging import stage
+from dtruntime_torch.errors import DTRuntimeError, SaveFailed
 from dtruntime_torch.membership import Membership
 from dtruntime_torch.storage import StorageBackend, run_sync
 
@@ -32,9 +33,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """What the ranks agreed on for states of one signature."""
+    """What follows from the specs of a state, once the ranks know of each other's."""
 
-    signature: str
+    specs: FlatSpecs
     plan: SavePlan
     layout: Layout
 
@@ -141,8 +142,7 @@ class Saver:
         )
 
     def _agree(self, key: str, flat: FlatState) -> Structure:
-        signature = groups.signature(flat.specs)
-        if self._structure is None or self._structure.signature != signature:
+        if self._structure is None or self._structure.specs != flat.specs:
             self._structure = None
             learnt = groups.learn(
                 self._members.barrier, f"{key}/groups", flat.specs, busy_key=f"{key}/commit"
@@ -151,7 +151,7 @@ class Saver:
             plan = make_save_plan(rank, world_size, flat.specs, learnt.specs, learnt.members)
             layout = make_layout(plan)
             self._make_room(layout.length)
-            self._structure = Structure(signature, plan, layout)
+            self._structure = Structure(flat.specs, plan, layout)
         return self._structure
 
     def _make_room(self, nbytes: int) -> None:
@@ -177,9 +177,18 @@ class Saver:
     def _decline(self, key: str, error: BaseException) -> None:
         """Tells the other ranks that this one does not take part, so that none waits for it in vain."""
         self._structure = None
-        barrier = self._members.barrier
-        barrier.decline(f"{key}/groups", error)
-        barrier.decline(f"{key}/commit", failed_arrival(error))
+        rank, barrier = self._members.rank, self._members.barrier
+        refusal = SaveFailed(f"rank {rank} takes no part in this save: {errors.to_record(error)['message']}")
+        try:
+            barrier.decline(f"{key}/groups", refusal)
+            if rank == 0:
+                barrier.decline(f"{key}/generation", refusal)
+                barrier.decline(f"{key}/attempt", refusal)
+            else:
+                barrier.decline(f"{key}/commit", failed_arrival(error))
+        except DTRuntimeError as unheard:
+            # What went wrong first is what the caller has to know.
+            logger.warning("the other ranks could not be told that this one failed: %s", unheard)
 
     def _publish(self, snapshot: Snapshot) -> CheckpointInfo:
         try:

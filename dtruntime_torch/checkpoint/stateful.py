@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dtruntime_torch.checkpoint.fqns import clean_name, named_state, parameter_names, parameters_of
-from dtruntime_torch.checkpoint.local_shard import is_dtensor
+from dtruntime_torch.checkpoint.local_shard import is_dtensor, local_part
 from dtruntime_torch.checkpoint.specs import PathKey
 from dtruntime_torch.checkpoint.traverse import (
     Node,
@@ -52,7 +52,9 @@ class Survey:
         self.nodes = tuple(nodes(state))
         for node in self.nodes:
             _check_supported(node)
-        self._modules = {node.fqn: node.value for node in self.nodes if isinstance(node.value, torch.nn.Module)}
+        self._modules = {
+            node.fqn: node.value for node in self.nodes if isinstance(node.value, torch.nn.Module)
+        }
         # Before any optimizer is looked at: FSDP2 puts the parameters back that optimizers know.
         self.module_states: dict[str, Mapping[str, Any]] = {
             fqn: module.state_dict() for fqn, module in self._modules.items()
@@ -116,7 +118,7 @@ def _check_not_local(leaf: Node, parameter: torch.Tensor) -> None:
     value = leaf.value
     if not is_dtensor(parameter) or not isinstance(value, torch.Tensor) or is_dtensor(value):
         return
-    if value.dim() and value.shape == parameter.to_local().shape != parameter.shape:
+    if value.dim() and value.shape == local_part(parameter).shape != parameter.shape:
         raise UnsupportedType(
             f"{leaf.fqn}: a plain tensor for this rank's shard of a DTensor parameter would be saved from one rank "
             f"only; make it a DTensor with the parameter's placements"

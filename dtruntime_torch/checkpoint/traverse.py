@@ -149,9 +149,13 @@ def _enter(node: Node, inside: frozenset[int]) -> Iterator[Node]:
 def _deeper(node: Node, inside: frozenset[int]) -> frozenset[int]:
     where = node.fqn or "the state"
     if id(node.value) in inside:
-        raise UnsupportedType(f"{where}: a {type(node.value).__qualname__} that contains itself cannot be stored")
+        raise UnsupportedType(
+            f"{where}: a {type(node.value).__qualname__} that contains itself cannot be stored"
+        )
     if len(inside) == objects.MAX_DEPTH:
-        raise UnsupportedType(f"{where}: more than {objects.MAX_DEPTH} containers in each other cannot be stored")
+        raise UnsupportedType(
+            f"{where}: more than {objects.MAX_DEPTH} containers in each other cannot be stored"
+        )
     return inside | {id(node.value)}
 
 
@@ -196,7 +200,7 @@ def _children(node: Node) -> Iterator[Node]:
             yield node.child("tuple", i, item, _tuple_setter(node, items, i))
 
 
-def _setter(container: Any, key: object, fqn: str) -> Replace:
+def _setter(container: Any, key: Any, fqn: str) -> Replace:
     def replace(value: object) -> None:
         if not isinstance(container, (MutableMapping, list)):
             raise InvalidArgument(f"{fqn}: a {type(container).__qualname__} cannot be changed; pass a dict")

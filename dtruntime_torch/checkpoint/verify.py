@@ -69,7 +69,7 @@ async def find_commit(backend: StorageBackend, name: str, step: int | None = Non
         CheckpointNotFound: there is none.
     """
     for key in reversed(await catalog.commit_keys(backend, name)):
-        if step in (None, key.step) and await _stands(backend, name, key):
+        if step in (None, key.step) and await is_committed(backend, name, key):
             return key
     which = "" if step is None else f" of step {step}"
     raise CheckpointNotFound(f"there is no checkpoint {name}{which} here")
@@ -93,11 +93,11 @@ async def verify(
         CheckpointNotFound: there is no such checkpoint, or it was removed while it was read.
         StorageError: the storage failed otherwise; nothing is known.
     """
-    for _ in range(1 if key else MAX_TRIES):
-        looked_at = key or await find_commit(backend, name)
+    for _ in range(MAX_TRIES if key is None else 1):
+        looked_at = await find_commit(backend, name) if key is None else key
         findings = await _check(backend, name, looked_at, on_progress)
         # What a prune takes away while it is read is not damaged.
-        if findings is not None and (not findings.damage or await _stands(backend, name, looked_at)):
+        if findings is not None and (not findings.damage or await is_committed(backend, name, looked_at)):
             return VerifyReport(
                 name=name,
                 step=looked_at.step,
@@ -113,7 +113,7 @@ async def verify(
     )
 
 
-async def _stands(backend: StorageBackend, name: str, key: CommitKey) -> bool:
+async def is_committed(backend: StorageBackend, name: str, key: CommitKey) -> bool:
     """Whether something is committed there, be it damaged."""
     try:
         return not (await catalog.read_commit(backend, name, key)).void

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Sequence
+from typing import cast
+
+from typing_extensions import Buffer
 
 from dtruntime_torch.errors import InvalidArgument
 from dtruntime_torch.storage.backend import Data
@@ -77,7 +81,7 @@ def as_views(data: Data) -> list[memoryview]:
         >>> [bytes(view) for view in as_views([b"head", b"", bytearray(b"tail")])]
         [b'head', b'tail']
     """
-    buffers = data if isinstance(data, (list, tuple)) else [data]
+    buffers: Sequence[Buffer] = data if isinstance(data, (list, tuple)) else [cast(Buffer, data)]
     try:
         views = [memoryview(buffer) for buffer in buffers]
     except TypeError as error:

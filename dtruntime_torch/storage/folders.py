@@ -7,8 +7,8 @@ So whoever finds a folder there need sync only that folder's name, not the whole
 
 from __future__ import annotations
 
-import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from dtruntime_torch.storage.system_calls import SystemCalls
@@ -28,11 +28,9 @@ def make_folder(calls: SystemCalls, folder: str, root: str) -> None:
         folder = os.path.dirname(folder)
     _sync_name(calls, folder, root)
     for made in reversed(missing):
-        try:
+        # Another process may be first; and a file in the way is what the next call names.
+        with suppress(FileExistsError):
             calls.mkdir(made)
-        except FileExistsError:
-            if os.path.lexists(made) and not os.path.isdir(made):
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), made) from None
         calls.sync_folder(os.path.dirname(made))
 
 
@@ -49,13 +47,8 @@ def remove_empty_folders(calls: SystemCalls, folder: str, root: str) -> str:
 
 def sync_nearest(calls: SystemCalls, folder: str, root: str) -> None:
     """Makes the state of `folder` durable, also if that state is its absence."""
-    while True:
-        try:
-            return calls.sync_folder(folder)
-        except (FileNotFoundError, NotADirectoryError):
-            if folder == root:
-                return
-            folder = os.path.dirname(folder)
+    while not _is_synced(calls, folder) and folder != root:
+        folder = os.path.dirname(folder)
 
 
 def nearest_existing(path: str) -> str:
@@ -71,6 +64,14 @@ def _sync_name(calls: SystemCalls, folder: str, root: str) -> None:
         if not _is_above(parent, root):
             raise
         # Not ours to sync: this folder was there before the storage was.
+
+
+def _is_synced(calls: SystemCalls, folder: str) -> bool:
+    try:
+        calls.sync_folder(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _is_gone(calls: SystemCalls, folder: str) -> bool:

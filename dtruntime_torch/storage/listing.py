@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from dtruntime_torch.storage.arguments import is_name
 from dtruntime_torch.storage.backend import Entry
 
+Listing = list[Entry]
 
-def list_files(root: str, folder: str, prefix: str, delimiter: str | None) -> list[Entry]:
+
+def list_files(root: str, folder: str, prefix: str, delimiter: str | None) -> Listing:
     """Lists the files below `folder` whose path starts with `prefix`.
 
     Args:

@@ -11,7 +11,7 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -22,7 +22,7 @@ from dtruntime_torch.storage.arguments import as_views, check_path, check_prefix
 from dtruntime_torch.storage.backend import Data, Entry
 from dtruntime_torch.storage.failures import explained
 from dtruntime_torch.storage.folders import make_folder, nearest_existing, remove_empty_folders, sync_nearest
-from dtruntime_torch.storage.listing import list_files
+from dtruntime_torch.storage.listing import Listing, list_files
 from dtruntime_torch.storage.sync import in_thread
 from dtruntime_torch.storage.system_calls import SystemCalls
 
@@ -76,13 +76,13 @@ class LocalBackend:
     async def delete(self, path: str) -> None:
         await in_thread(partial(self._delete, path))
 
-    def _write(self, path: str, data: list[memoryview]) -> None:
+    def _write(self, path: str, data: Sequence[memoryview]) -> None:
         place = self._locate(path)
         with explained("write", place), self._temporary(place, data) as temporary:
             self._calls.rename(temporary, place)
             self._calls.sync_folder(os.path.dirname(place))
 
-    def _create(self, path: str, data: list[memoryview]) -> None:
+    def _create(self, path: str, data: Sequence[memoryview]) -> None:
         place = self._locate(path)
         with explained("create", place), self._temporary(place, data) as temporary:
             folder = os.path.dirname(place)
@@ -112,7 +112,7 @@ class LocalBackend:
             ) from error
 
     @contextmanager
-    def _temporary(self, place: str, data: list[memoryview]) -> Iterator[str]:
+    def _temporary(self, place: str, data: Sequence[memoryview]) -> Iterator[str]:
         """Writes `data` to a synced file in the folder of `place`; it goes unless the body renames it."""
         folder = os.path.dirname(place)
         temporary = os.path.join(folder, temporary_name())
@@ -125,12 +125,13 @@ class LocalBackend:
             raise
         self._discard(temporary)
 
-    def _fill(self, temporary: str, data: list[memoryview]) -> None:
+    def _fill(self, temporary: str, data: Sequence[memoryview]) -> None:
         folder = os.path.dirname(temporary)
         for remaining in reversed(range(_FOLDER_TRIES)):
             try:
                 make_folder(self._calls, folder, self._real_root())
-                return self._calls.write_file(temporary, data)
+                self._calls.write_file(temporary, data)
+                return
             except FileNotFoundError:
                 # Someone deleted the folder's last file, and with it the folder, since we looked.
                 if remaining == 0:
@@ -163,7 +164,7 @@ class LocalBackend:
         with explained("read", place), _opened(place) as (_, size):
             return size
 
-    def _list(self, prefix: str, delimiter: str | None) -> list[Entry]:
+    def _list(self, prefix: str, delimiter: str | None) -> Listing:
         folder = os.path.realpath(os.path.join(self._root, prefix.rpartition("/")[0]))
         self._check_inside(folder, prefix)
         with explained("list", folder):
@@ -177,8 +178,9 @@ class LocalBackend:
                 self._calls.unlink(place)
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 # An earlier delete may have been cut off before its sync: absence has to be durable too.
-                return sync_nearest(self._calls, folder, self._real_root())
-            stays = remove_empty_folders(self._calls, folder, self._real_root())
+                stays = folder
+            else:
+                stays = remove_empty_folders(self._calls, folder, self._real_root())
             sync_nearest(self._calls, stays, self._real_root())
 
     def _locate(self, path: str, *, follow: bool = False) -> str:

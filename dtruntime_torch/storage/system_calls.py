@@ -6,6 +6,7 @@ Tests hand in a subclass: one that refuses links, one that fails a sync, one tha
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from typing_extensions import Buffer
 
@@ -15,7 +16,7 @@ from dtruntime_torch import _C
 class SystemCalls:
     """The operating system as it is. Every method raises `OSError` as the system does."""
 
-    def write_file(self, path: str, data: list[memoryview]) -> None:
+    def write_file(self, path: str, data: Sequence[memoryview]) -> None:
         """Makes a new file of `data`, synced; a file that is there already is an error."""
         _C.write_file(path, data)
 

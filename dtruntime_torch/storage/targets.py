@@ -37,7 +37,9 @@ def backend_for(target: str | os.PathLike[str] | StorageBackend) -> StorageBacke
             "give it as a str, or begin a local path with './'"
         )
     if scheme.lower() != "file":
-        raise InvalidArgument(f"{target} is not supported: give a local path, a file:// URL or a StorageBackend")
+        raise InvalidArgument(
+            f"{target} is not supported: give a local path, a file:// URL or a StorageBackend"
+        )
     return LocalBackend(_path_of(str(target)))
 
 

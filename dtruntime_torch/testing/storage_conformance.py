@@ -20,6 +20,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from typing_extensions import Buffer
 
 from dtruntime_torch.errors import AlreadyExists, InvalidArgument, NotFound, StorageError
 from dtruntime_torch.storage.backend import Entry, StorageBackend
@@ -63,7 +64,14 @@ class StorageConformance:
 
     @pytest.mark.parametrize("store", ["write", "create"])
     def test_a_sequence_of_buffers_is_stored_as_one(self, backend: StorageBackend, store: str) -> None:
-        pieces = [b"", pattern(5), bytearray(pattern(4096)), memoryview(pattern(10_001))[1:], b"", b"end"]
+        pieces: list[Buffer] = [
+            b"",
+            pattern(5),
+            bytearray(pattern(4096)),
+            memoryview(pattern(10_001))[1:],
+            b"",
+            b"end",
+        ]
         run_sync(getattr(backend, store)("file", pieces))
         assert bytes(run_sync(backend.read("file"))) == b"".join(pieces)
 
@@ -151,9 +159,13 @@ class StorageConformance:
         data = pattern(size)
         run_sync(backend.write("file", data))
         for offset, length in [(0, 0), (0, 1), (3, 4), (0, size), (1, size - 1), (size - 1, 1), (size, 0)]:
-            assert bytes(run_sync(backend.read_range("file", offset, length))) == data[offset : offset + length]
+            assert (
+                bytes(run_sync(backend.read_range("file", offset, length))) == data[offset : offset + length]
+            )
 
-    @pytest.mark.parametrize(("offset", "length"), [(0, 11), (10, 1), (11, 0), (5, 1 << 50), (1 << 60, 1 << 60)])
+    @pytest.mark.parametrize(
+        ("offset", "length"), [(0, 11), (10, 1), (11, 0), (5, 1 << 50), (1 << 60, 1 << 60)]
+    )
     def test_a_range_past_the_end_is_refused(self, backend: StorageBackend, offset: int, length: int) -> None:
         run_sync(backend.write("file", pattern(10)))
         with pytest.raises(StorageError, match="file.*10") as caught:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,7 +50,7 @@ class UnsyncedDisk(SystemCalls):
         self.calls: list[tuple[str, str]] = []
         self.cut_at: int | None = None
 
-    def write_file(self, path: str, data: list[memoryview]) -> None:
+    def write_file(self, path: str, data: Sequence[memoryview]) -> None:
         with self._call("write_file", path) as (folder, name):
             super().write_file(path, data)
             folder.names[name] = b"".join(data)

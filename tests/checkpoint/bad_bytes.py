@@ -105,7 +105,9 @@ BAD_JSON = [
     replaced("json-number", "manifest", "not finite", b'"loss":2.5', b'"loss":1e999'),
     replaced("json-integer", "commit", "lies beyond", b'"step":100', b'"step":9007199254740992'),
     replaced("json-integer", "commit", "lies beyond", b'"step":100', b'"step":' + b"9" * 100_000),
-    replaced("json-depth", "manifest", "too deep", b'"metadata":{"loss":2.5', _deep(100_000) + b',"m":{"loss":2.5'),
+    replaced(
+        "json-depth", "manifest", "too deep", b'"metadata":{"loss":2.5', _deep(100_000) + b',"m":{"loss":2.5'
+    ),
     without("json-field", "commit", "lacks 'step'", "step"),
     without("json-field", "part", "lacks 'digests'", "tensors", 0, "digests"),
     changed("json-type", "commit", "'step'", "step", True),
@@ -130,7 +132,15 @@ BAD_JSON = [
     changed("json-surrogate", "part", "'name'", "tensors", 0, "name", "\udc00"),
     changed("json-hex", "part", "lower-case hex", "tensors", 0, "digests", str.upper),
     changed("json-hex", "part", "lower-case hex", "tensors", 0, "digests", lambda text: text[:-1]),
-    changed("json-hex", "part", "lower-case hex", "tensors", 0, "digests", lambda text: text.replace(text[2:4], "  ")),
+    changed(
+        "json-hex",
+        "part",
+        "lower-case hex",
+        "tensors",
+        0,
+        "digests",
+        lambda text: text.replace(text[2:4], "  "),
+    ),
     changed("format", "commit", "'dtruntime.manifest'", "format", "dtruntime.manifest"),
     changed("format", "commit", "'format'", "format", None),
     changed("version", "commit", "upgrade", "version", 2),
@@ -177,7 +187,9 @@ BAD_MANIFESTS = [
     changed("uses-own", "manifest", "its own attempt", "uses", []),
     changed("full-uses", "manifest", "full and uses", "uses", [ATTEMPT, BASE]),
     changed("delta-parent", "manifest", "no parent", "full", False)._replace(
-        data=SOUND["manifest"].replace(b'"full":true', b'"full":false').replace(b'"parent":[6,90]', b'"parent":null')
+        data=SOUND["manifest"]
+        .replace(b'"full":true', b'"full":false')
+        .replace(b'"parent":[6,90]', b'"parent":null')
     ),
     changed("parent-order", "manifest", "parent comes after", "parent", [7, 100]),
     changed("parts-count", "manifest", "one part for each rank", "world_size", 3),
@@ -205,7 +217,11 @@ BAD_PARTS = [
     changed("file-path", "part", "no data file", "files", 0, "path", _FILE.replace("00001-of", "00002-of")),
     changed("file-twice", "delta", "occurs twice", "files", 1, lambda file: {**file, "path": _BASE_FILE}),
     changed(
-        "file-own", "part", "two files in its own", "files", added({**_FILE_OF_PART, "path": _FILE.replace("safetensors", "delta")})
+        "file-own",
+        "part",
+        "two files in its own",
+        "files",
+        added({**_FILE_OF_PART, "path": _FILE.replace("safetensors", "delta")}),
     ),
     changed("file-own", "part", "another rank's", "files", 0, "path", _FILE.replace("00001-of", "00000-of")),
     changed("file-header", "part", "multiple of 64", "files", 0, "header_length", 100),
@@ -226,9 +242,9 @@ BAD_PARTS = [
     changed("tensor-name", "part", "cannot name a tensor", "tensors", 0, "name", "__metadata__"),
     changed("dtype", "part", "upgrade", "tensors", 0, "dtype", "float7"),
     changed("dimensions", "part", "64 dimensions", "tensors", 1, "global_shape", [0] * 65),
-    changed("box", "part", "is not in", "tensors", 0, "offsets", [3, 0]),
-    changed("box", "part", "is not in", "tensors", 0, "offsets", [2]),
-    changed("box", "part", "is not in", "tensors", 0, "global_shape", [4, 5, 1]),
+    changed("box", "part", "is not in the whole", "tensors", 0, "offsets", [3, 0]),
+    changed("box", "part", "is not in the whole", "tensors", 0, "offsets", [2]),
+    changed("box", "part", "is not in the whole", "tensors", 0, "global_shape", [4, 5, 1]),
     changed("tensor-size", "part", "too large", "tensors", 1, "global_shape", [0, 2**50]),
     changed("tensor-size", "part", "too large", "tensors", 0, "global_shape", [2**26, 2**26]),
     changed("alias-self", "part", "tied to itself", "tensors", 0, "alias", "model.weight"),
@@ -243,7 +259,9 @@ BAD_PARTS = [
     changed("extent-chunk", "part", "spans two", "tensors", 0, "extents", [[0, 128, 8], [0, 136, 32]]),
     changed("extent-sum", "part", "in extents", "tensors", 0, "extents", [[0, 128, 32]]),
     changed("extent-overlap", "part", "overlaps", "tensors", 2, "extents", [[0, 164, 5]]),
-    changed("extent-overlap", "delta", "overlaps", "tensors", 0, "extents", [[0, 64, 16], [0, 64, 16], [0, 96, 8]]),
+    changed(
+        "extent-overlap", "delta", "overlaps", "tensors", 0, "extents", [[0, 64, 16], [0, 64, 16], [0, 96, 8]]
+    ),
 ]
 
 BAD_RECORDS = [*BAD_JSON, *BAD_GENERATIONS, *BAD_COMMITS, *BAD_MANIFESTS, *BAD_PARTS]

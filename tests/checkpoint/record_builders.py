@@ -122,7 +122,19 @@ def sample_delta() -> Part:
         ),
         tensors=(
             TensorEntry(
-                "w", (PathKey("dict", "w"),), 0, "w", "int64", (5,), (0,), (5,), False, None, False, extents, digests(3)
+                "w",
+                (PathKey("dict", "w"),),
+                0,
+                "w",
+                "int64",
+                (5,),
+                (0,),
+                (5,),
+                False,
+                None,
+                False,
+                extents,
+                digests(3),
             ),
         ),
         objects=(),
@@ -235,7 +247,7 @@ def parts(draw: st.DrawFn) -> Part:
             offsets=offsets,
             shape=shape,
             per_rank=draw(st.booleans()),
-            alias=draw(st.none() | st.text(max_size=3).filter(lambda alias, fqn=fqn: alias != fqn)),
+            alias=draw(st.sampled_from([None, f"{fqn}.twin"])),
             is_bytes=dtype == "uint8" and len(shape) == 1 and draw(st.booleans()),
             extents=(),
             digests=b"",
@@ -243,13 +255,18 @@ def parts(draw: st.DrawFn) -> Part:
         entries.append(_placed(draw, entry, ends[-1], chunk_bytes))
         ends.append(ends[-1] + entry.nbytes)
     values = tuple(
-        ObjectEntry(fqn, draw(paths()), cut + i, draw(st.booleans()), objects.encode(draw(plain_values()), fqn))
+        ObjectEntry(
+            fqn, draw(paths()), cut + i, draw(st.booleans()), objects.encode(draw(plain_values()), fqn)
+        )
         for i, fqn in enumerate(fqns[cut:])
     )
     world_size = draw(st.integers(1, 12))
     rank = draw(st.integers(0, world_size - 1))
     file = FileRef(
-        f"{ATTEMPT}/shard-{rank:05}-of-{world_size:05}.safetensors", ends[-1], 128, draw(st.binary(min_size=16, max_size=16))
+        f"{ATTEMPT}/shard-{rank:05}-of-{world_size:05}.safetensors",
+        ends[-1],
+        128,
+        draw(st.binary(min_size=16, max_size=16)),
     )
     return Part(rank, world_size, 7, 100, ATTEMPT, chunk_bytes, (file,), tuple(entries), values)
 
@@ -295,12 +312,20 @@ def manifests(draw: st.DrawFn) -> Manifest:
         uses=(attempt, *others),
         requires=(),
         created=CREATED,
-        versions=draw(st.dictionaries(st.text("abc", max_size=3), st.text("0123.+cu", max_size=8), max_size=3)),
+        versions=draw(
+            st.dictionaries(st.text("abc", max_size=3), st.text("0123.+cu", max_size=8), max_size=3)
+        ),
         metadata=draw(json_values()),
         nbytes=draw(st.integers(0, 2**53 - 1)),
         written=draw(st.integers(0, 2**53 - 1)),
         parts=tuple(
-            PartRef(rank, f"shard-{rank:05}-of-{world_size:05}.json", draw(st.integers(1, 2**40)), SHA, draw(st.integers(0, 2**40)))
+            PartRef(
+                rank,
+                f"shard-{rank:05}-of-{world_size:05}.json",
+                draw(st.integers(1, 2**40)),
+                SHA,
+                draw(st.integers(0, 2**40)),
+            )
             for rank in range(world_size)
         ),
     )

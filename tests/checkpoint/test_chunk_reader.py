@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -52,6 +52,15 @@ class Stored:
     files: list[bytearray]
     tensors: list[bytes]
     part: Part
+
+    def chunks_of(self, file: int) -> Iterator[tuple[int, int, int, int]]:
+        """Tensor, offset in the file, length and start in the tensor of each chunk in a file."""
+        for number, entry in enumerate(self.part.tensors):
+            start = 0
+            for extent in entry.extents:
+                for done in range(0, extent.length, CHUNK) if extent.file == file else ():
+                    yield number, extent.offset + done, min(CHUNK, extent.length - done), start + done
+                start += extent.length
 
     def put(self, backend: StorageBackend) -> StorageBackend:
         for ref, data in zip(self.part.files, self.files, strict=True):
@@ -119,7 +128,7 @@ def read(
     backend: StorageBackend, saved: Stored, positions: Sequence[int] | None = None
 ) -> tuple[list[Damage], dict[int, bytearray]]:
     positions = range(len(saved.tensors)) if positions is None else positions
-    buffers = {n: bytearray(b"\xee" * len(saved.tensors[n])) for n in positions}
+    buffers = {n: bytearray(b"\xff" * len(saved.tensors[n])) for n in positions}
     views: dict[int, memoryview | None] = {n: memoryview(buffer) for n, buffer in buffers.items()}
     return run_sync(read_entries(backend, "model", saved.part, views)), buffers
 
@@ -203,7 +212,7 @@ def test_a_flipped_byte_is_named_and_its_chunk_does_not_arrive(where: str) -> No
     intact = b"".join(saved.tensors)
     arrived = bytes(buffers[0] + buffers[1])
     lost = range(start - HEADER, stop - HEADER) if tensor else range(0)
-    assert arrived == bytes(0xEE if at in lost else intact[at] for at in range(50))
+    assert arrived == bytes(0xFF if at in lost else intact[at] for at in range(50))
 
 
 @given(deltas(), st.data())
@@ -235,11 +244,25 @@ def test_a_truncated_file_names_the_tensors_that_lost_bytes() -> None:
     damage, buffers = read(saved.put(MemoryBackend()), saved)
     path = f"model/{file_path(0)}"
     assert damage == [
-        Damage(path, "t1", HEADER + 20, HEADER + 40, "20 bytes", "missing"),
+        Damage(path, "t1", HEADER + 28, HEADER + 40, "12 bytes", "missing"),
         Damage(path, None, HEADER + 30, HEADER + 60, f"{HEADER + 60} bytes", f"{HEADER + 30} bytes"),
         Damage(path, "t2", HEADER + 40, HEADER + 60, "20 bytes", "missing"),
     ]
     assert buffers[0] == saved.tensors[0]
+    assert buffers[1] == saved.tensors[1][:CHUNK] + b"\xff" * 12
+
+
+@given(deltas(), st.data())
+def test_of_a_truncated_file_each_whole_chunk_arrives_and_each_other_is_named(
+    saved: Stored, data: st.DataObject
+) -> None:
+    size = data.draw(st.integers(0, len(saved.files[0])))
+    del saved.files[0][size:]
+    damage, buffers = read(saved.put(MemoryBackend()), saved)
+    for number, offset, length, start in saved.chunks_of(0):
+        arrived = buffers[number][start : start + length] == saved.tensors[number][start : start + length]
+        named = any(d.tensor == f"t{number}" and d.start <= offset < d.stop for d in damage)
+        assert (arrived, named) == ((True, False) if offset + length <= size else (False, True))
 
 
 def test_a_file_that_lost_its_header_is_damaged() -> None:

@@ -8,7 +8,9 @@ from dtruntime_torch.checkpoint import names
 from dtruntime_torch.checkpoint.names import MAX_INTEGER, Attempt, CommitKey
 from dtruntime_torch.errors import InvalidArgument
 
-NUMBERS = st.sampled_from([0, 1, 9999, 10000, 99_999_999, 100_000_000, MAX_INTEGER]) | st.integers(0, MAX_INTEGER)
+NUMBERS = st.sampled_from([0, 1, 9999, 10000, 99_999_999, 100_000_000, MAX_INTEGER]) | st.integers(
+    0, MAX_INTEGER
+)
 
 
 def test_paths_are_those_of_the_design():
@@ -43,7 +45,11 @@ def test_a_shard_file_name_is_read_back(a, b):
 
 
 def test_commits_are_ordered_by_generation_and_then_by_step_as_integers():
-    paths = ["model/commits/0007-100000000.json", "model/commits/0007-99999999.json", "model/commits/0008-00000001.json"]
+    paths = [
+        "model/commits/0007-100000000.json",
+        "model/commits/0007-99999999.json",
+        "model/commits/0008-00000001.json",
+    ]
     keys = sorted(key for key in map(names.parse_commit, paths) if key is not None)
     assert keys == [(7, 99_999_999), (7, 100_000_000), (8, 1)]
 
@@ -73,7 +79,13 @@ def test_what_only_resembles_a_commit_is_none(path):
 
 
 @pytest.mark.parametrize(
-    "path", ["model/generations/7.json", "model/generations/00007.json", "model/generations/0007.json/", "generations/0007.json"]
+    "path",
+    [
+        "model/generations/7.json",
+        "model/generations/00007.json",
+        "model/generations/0007.json/",
+        "generations/0007.json",
+    ],
 )
 def test_what_only_resembles_a_generation_is_none(path):
     assert names.parse_generation(path) is None
@@ -81,7 +93,13 @@ def test_what_only_resembles_a_generation_is_none(path):
 
 @pytest.mark.parametrize(
     "path",
-    ["step-00000100/0007-01", "step-00000100/0007", "step-100/0007-1", "step-00000100/../0007-1", "/step-00000100/0007-1"],
+    [
+        "step-00000100/0007-01",
+        "step-00000100/0007",
+        "step-100/0007-1",
+        "step-00000100/../0007-1",
+        "/step-00000100/0007-1",
+    ],
 )
 def test_what_only_resembles_an_attempt_is_none(path):
     assert names.parse_attempt(path) is None
@@ -89,7 +107,13 @@ def test_what_only_resembles_an_attempt_is_none(path):
 
 @pytest.mark.parametrize(
     "file_name",
-    ["shard-0-of-2.json", "shard-00002-of-00002.json", "shard-00000-of-00002", "shard-00000-of-00002.json\n", "../shard-00000-of-00002.json"],
+    [
+        "shard-0-of-2.json",
+        "shard-00002-of-00002.json",
+        "shard-00000-of-00002",
+        "shard-00000-of-00002.json\n",
+        "../shard-00000-of-00002.json",
+    ],
 )
 def test_what_only_resembles_a_shard_file_is_none(file_name):
     assert names.parse_shard_file(file_name) is None

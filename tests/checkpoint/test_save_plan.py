@@ -105,7 +105,23 @@ def test_a_plain_tensor_is_written_by_the_lowest_rank_that_holds_it() -> None:
 def test_a_tensor_that_the_optimizer_of_the_lowest_rank_does_not_own_is_not_spread() -> None:
     shared, bare = tensor("w", 8, spread=True), tensor("w", 8)
     assert [names(plan) for plan in plans_of([flat(bare), flat(shared)])] == [["w"], []]
-    assert [names(plan) for plan in plans_of([flat(shared), flat(bare), flat(bare)])] == [["w"], [], []]
+    both = flat(shared, tensor("v", 8, spread=True))
+    assert [names(plan) for plan in plans_of([both, flat(bare), flat(bare)])] == [["w", "v"], [], []]
+
+
+def test_every_shard_is_written_also_where_no_optimizer_owns_it() -> None:
+    states = [
+        flat(
+            tensor("w", 4, layout="s", holders=(r,), offsets=(2 * r,), shape=(2,), spread=bool(r)),
+        )
+        for r in (0, 1)
+    ]
+    assert [names(plan) for plan in plans_of(states)] == [["w"], ["w"]]
+
+
+def test_the_largest_are_placed_first() -> None:
+    state = flat(*(tensor(f"t{size}{n}", size, spread=True) for n, size in enumerate([1, 1, 2])))
+    assert [sum(item.spec.nbytes for item in plan.tensors) for plan in plans_of([state] * 2)] == [8, 8]
 
 
 def test_tied_tensors_are_written_under_each_name() -> None:

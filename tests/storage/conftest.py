@@ -19,7 +19,9 @@ def mount(tmp_path: Path) -> Iterator[Mount]:
     def mount_tmpfs(options: str) -> Path:
         place = tmp_path / f"mount-{len(mounted)}"
         place.mkdir()
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(place)], capture_output=True)
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "none", str(place)], capture_output=True
+        )
         if done.returncode != 0:
             pytest.skip("needs the right to mount a tmpfs")
         mounted.append(place)

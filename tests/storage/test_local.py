@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from typing_extensions import Buffer
 
 from dtruntime_torch.errors import AlreadyExists, InvalidArgument, NotFound, StorageError
 from dtruntime_torch.storage import LocalBackend, run_sync
@@ -27,7 +29,7 @@ class Failing(SystemCalls):
         for call, code in failures.items():
             setattr(self, call, self._failing(call, code))
 
-    def _failing(self, call: str, code: int):
+    def _failing(self, call: str, code: int) -> Callable[..., None]:
         def fail(path: str, *arguments: object) -> None:
             if call == "write_file":
                 Path(path).write_bytes(b"hal")
@@ -216,6 +218,7 @@ def test_a_write_replaces_a_link_and_not_what_it_points_to(tmp_path: Path) -> No
 def test_a_root_that_is_a_link_and_links_inside_it_are_followed(tmp_path: Path) -> None:
     (tmp_path / "real" / "model").mkdir(parents=True)
     (tmp_path / "real" / "alias").symlink_to("model")
+    (tmp_path / "real" / "model" / "round").symlink_to("..")
     (tmp_path / "root").symlink_to("real")
     backend = LocalBackend(tmp_path / "root")
     run_sync(backend.write("alias/file", b"bytes"))
@@ -278,9 +281,33 @@ def test_writers_and_deleters_of_one_folder_do_not_disturb_each_other(tmp_path: 
     assert names(tmp_path) == []
 
 
+def test_a_folder_that_another_removes_first_hides_no_empty_parent(tmp_path: Path) -> None:
+    class Slower(SystemCalls):
+        def rmdir(self, path: str) -> None:
+            super().rmdir(path)  # the other's
+            super().rmdir(path)
+
+    backend = LocalBackend(tmp_path, calls=Slower())
+    run_sync(backend.write("step/attempt/shard", b""))
+    run_sync(backend.delete("step/attempt/shard"))
+    assert names(tmp_path) == []
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_the_old_one(tmp_path: Path) -> None:
+    old, new = b"o" * (2 << 20), b"n" * (3 << 20)
+
+    class Replaced(SystemCalls):
+        def read_file(self, path: str, offset: int, length: int) -> Buffer:
+            run_sync(LocalBackend(tmp_path).write("file", new))
+            return super().read_file(path, offset, length)
+
+    run_sync(LocalBackend(tmp_path).write("file", old))
+    assert bytes(run_sync(LocalBackend(tmp_path, calls=Replaced()).read("file"))) == old
+
+
 def test_a_file_that_shrinks_while_it_is_read_is_named(tmp_path: Path) -> None:
     class Shrinking(SystemCalls):
-        def read_file(self, path: str, offset: int, length: int):
+        def read_file(self, path: str, offset: int, length: int) -> Buffer:
             os.truncate(tmp_path / "file", 100)
             return super().read_file(path, offset, length)
 

@@ -76,6 +76,24 @@ def test_context_variables_are_seen_inside_a_running_loop() -> None:
     assert run_sync(outer()) == "set"
 
 
+def test_tasks_left_over_are_cancelled_and_cleaned_up() -> None:
+    ended = []
+
+    async def endless() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(True)
+
+    async def leave_one() -> None:
+        task = asyncio.ensure_future(endless())
+        await asyncio.sleep(0)
+        assert not task.done()
+
+    run_sync(leave_one())
+    assert ended == [True]
+
+
 def test_work_in_a_thread_ends_before_its_siblings_failure_is_raised() -> None:
     failed, ended = threading.Event(), []
 

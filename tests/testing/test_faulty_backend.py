@@ -85,7 +85,9 @@ def test_the_first_of_two_rules_strikes(backend) -> None:
         run_sync(backend.write("a", b""))
 
 
-@pytest.mark.parametrize(("fault", "expected"), [(flipped(1), b"bxtes"), (flipped(-1), b"byter"), (truncated(2), b"by")])
+@pytest.mark.parametrize(
+    ("fault", "expected"), [(flipped(1), b"bxtes"), (flipped(-1), b"byter"), (truncated(2), b"by")]
+)
 def test_bytes_are_damaged_on_their_way_in_and_out(inner, backend, fault, expected) -> None:
     backend.when("read*", "*", fault, nth=None)
     run_sync(backend.write("file", [b"by", b"tes"]))

@@ -1,0 +1,95 @@
+"""A checkpoint into a module, by `load_state_dict`, so that hooks and extra states are honoured."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+
+from dtruntime_torch.checkpoint.local_shard import BoxFinder, dtype_name, is_dtensor, local_tensor
+from dtruntime_torch.checkpoint.nest import SavedLeaf
+from dtruntime_torch.checkpoint.records import ObjectEntry
+from dtruntime_torch.checkpoint.stateful import Survey
+from dtruntime_torch.checkpoint.traverse import Node
+from dtruntime_torch.checkpoint.wanted import (
+    Below,
+    Loaded,
+    Request,
+    describe,
+    divide,
+    fill_tensor,
+    missing,
+    nested_copies,
+)
+
+_EXTRA_STATE = "_extra_state"
+
+
+def module_request(node: Node, survey: Survey, leaves: Sequence[SavedLeaf], boxes: BoxFinder) -> Request:
+    """Asks for all that a module's state has, and compares names, shapes and dtypes.
+
+    Args:
+        node: where the module lies.
+        survey: knows its state.
+        leaves: what the checkpoint holds under the module's name.
+        boxes: finds the shards of DTensors.
+    """
+    state, entries = survey.module_states[node.fqn], dict(survey.entries_of(node))
+    divided, others = divide(leaves, {entry.fqn for entry in entries.values()})
+    request = Request(unexpected=[leaf.fqn for leaf in others])
+    for key, entry in entries.items():
+        request.include(_entry_request(key, entry, divided.get(entry.fqn), boxes))
+
+    def fill(loaded: Loaded) -> None:
+        new = OrderedDict(
+            (key, _loaded_entry(key, entry, divided[entry.fqn], loaded)) for key, entry in entries.items()
+        )
+        # The versions of the modules that `load_state_dict` may look at.
+        new._metadata = getattr(state, "_metadata", None)  # type: ignore[attr-defined]
+        node.value.load_state_dict(new)
+
+    request.fill = fill
+    return request
+
+
+def tensor_request(node: Node, below: Below, boxes: BoxFinder) -> Request:
+    """Asks for one tensor, of a DTensor for this rank's shard, and fills it in place."""
+    tensor, leaf = node.value, below.leaves[0]
+    local_tensor(tensor, node.fqn)
+    here = describe(tuple(tensor.shape), dtype_name(tensor))
+    if isinstance(leaf, ObjectEntry) or leaf.is_bytes or len(leaf.path) > below.depth:
+        return Request(differences=[f"{node.fqn}: checkpoint no tensor, state {here}"])
+    there = describe(leaf.global_shape, leaf.dtype)
+    if there != here:
+        return Request(differences=[f"{node.fqn}: checkpoint {there}, state {here}"])
+    request = Request(fill=lambda loaded: fill_tensor(tensor, loaded.tensors[leaf.fqn]))
+    request.want(leaf, boxes.find(tensor, node.fqn))
+    return request
+
+
+def _entry_request(key: str, entry: Node, below: Below | None, boxes: BoxFinder) -> Request:
+    if below is None:
+        return missing(entry.fqn, per_rank=False)
+    if _is_parameter_or_buffer(key, entry):
+        return tensor_request(entry, below, boxes)
+    request = Request()
+    for leaf in below.leaves:
+        request.want(leaf)
+    return request
+
+
+def _loaded_entry(key: str, entry: Node, below: Below, loaded: Loaded) -> object:
+    if not _is_parameter_or_buffer(key, entry):
+        return nested_copies(below, loaded, {})
+    data = loaded.tensors[below.leaves[0].fqn]
+    if not is_dtensor(entry.value):
+        return data
+    # Made a DTensor on its way, a second copy of the shard would lie on the device. Filled where it is, what
+    # `load_state_dict` copies is the parameter itself.
+    fill_tensor(entry.value, data)
+    return entry.value
+
+
+def _is_parameter_or_buffer(key: str, entry: Node) -> bool:
+    return isinstance(entry.value, torch.Tensor) and key.rpartition(".")[2] != _EXTRA_STATE

@@ -1,0 +1,157 @@
+"""The parameter groups of an optimizer and those of a checkpoint: which belongs to which, and taking over options.
+
+They are matched by the names of their parameters. Ranks may hold parts of one group, pipeline stages for example:
+then the checkpoint has a group for each part, and what matters is that they agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dtruntime_torch.checkpoint import objects
+from dtruntime_torch.checkpoint.nest import SavedLeaf, name_in_list, nest
+from dtruntime_torch.checkpoint.records import ObjectEntry
+from dtruntime_torch.checkpoint.stateful import GROUPS
+from dtruntime_torch.checkpoint.wanted import Below
+from dtruntime_torch.errors import CorruptCheckpoint
+
+# These say which parameters a group has, here and now.
+_MEMBERSHIP = ("params", "param_names")
+
+
+@dataclass(frozen=True, slots=True)
+class SavedGroup:
+    """A parameter group of a checkpoint.
+
+    Attributes:
+        below: its leaves.
+        params: the names of its parameters.
+        options: name -> value, in which a tensor is the leaf that stands for it.
+    """
+
+    below: Below
+    params: tuple[str, ...]
+    options: dict[str, object]
+
+
+def saved_groups(leaves: Sequence[SavedLeaf], depth: int) -> list[SavedGroup]:
+    """Reads the groups of a checkpoint.
+
+    Args:
+        leaves: all that lie in groups.
+        depth: how many steps of their paths lead to a group.
+
+    Raises:
+        CorruptCheckpoint: something that is no group lies in a group's place.
+    """
+    by_name: dict[str, list[SavedLeaf]] = {}
+    for leaf in leaves:
+        by_name.setdefault(name_in_list(leaf, depth - 1), []).append(leaf)
+    return [_saved_group(Below(depth, group)) for group in by_name.values()]
+
+
+def _saved_group(below: Below) -> SavedGroup:
+    options = nest(below.leaves, below.depth, _known_value)
+    params = options.get("params") if isinstance(options, dict) else None
+    if not isinstance(options, dict) or not isinstance(params, list):
+        raise CorruptCheckpoint(f"{below.leaves[0].fqn}: this is no parameter group of an optimizer")
+    return SavedGroup(
+        below,
+        tuple(map(str, params)),
+        {key: value for key, value in options.items() if key not in _MEMBERSHIP},
+    )
+
+
+def _known_value(leaf: SavedLeaf) -> object:
+    return objects.decode(leaf.value, where=leaf.fqn) if isinstance(leaf, ObjectEntry) else leaf
+
+
+def match_groups(
+    fqn: str, own: Sequence[Sequence[str]], saved: Sequence[SavedGroup]
+) -> tuple[list[list[SavedGroup]], list[str]]:
+    """Finds the saved groups for each group of an optimizer.
+
+    Args:
+        fqn: name of the optimizer.
+        own: the names of the parameters of each of its groups.
+        saved: the groups of the checkpoint.
+
+    Returns:
+        For each group those that it has parameters of, all with the same options; and what differs.
+    """
+    matches = [[group for group in saved if _belong_together(group, names)] for names in own]
+    differences = []
+    for position, (names, groups) in enumerate(zip(own, matches, strict=True)):
+        where = f"{fqn}.{GROUPS}[{position}]"
+        if not groups:
+            differences.append(f"{where}: its parameters {_some(names)} are in no group of the checkpoint")
+        elif any(not _have_same_options(groups[0], other) for other in groups[1:]):
+            differences.append(
+                f"{where}: its parameters {_some(names)} are in groups of different options in the checkpoint"
+            )
+    for group in saved:
+        positions = [position for position, groups in enumerate(matches) if any(g is group for g in groups)]
+        if len(positions) > 1:
+            differences.append(
+                f"{fqn}.{GROUPS}{positions}: their parameters {_some(group.params)} are in one group in the checkpoint"
+            )
+    return matches, differences
+
+
+def _belong_together(group: SavedGroup, names: Sequence[str]) -> bool:
+    return not set(group.params).isdisjoint(names) if names else not group.params
+
+
+def _have_same_options(one: SavedGroup, other: SavedGroup) -> bool:
+    try:
+        return objects.encode(one.options, "") == objects.encode(other.options, "")
+    except TypeError:
+        # What stands for a tensor: its value is not known yet.
+        return False
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"[{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}]"
+
+
+def scalar_device(group: Mapping[str, Any], parameter: torch.Tensor) -> torch.device:
+    """Where an optimizer keeps step counts and the like: on the host, unless the device reads them by itself."""
+    return parameter.device if group.get("capturable") or group.get("fused") else torch.device("cpu")
+
+
+def fill_group(group: dict[str, Any], options: Mapping[str, object]) -> None:
+    """Takes options over into a group, which stays the same dict; those that were not saved stay as they are.
+
+    A tensor of the group is filled in place, from a number too.
+
+    Args:
+        group: of the optimizer.
+        options: as they were saved; their tensors are copied.
+    """
+    device = torch.device("cpu")
+    for parameter in group["params"][:1]:
+        device = scalar_device({**group, **options}, parameter)
+    with torch.no_grad():
+        for key, value in options.items():
+            if key not in _MEMBERSHIP:
+                group[key] = _merge(group.get(key), value, device)
+
+
+def _merge(current: object, value: object, device: torch.device) -> object:
+    if isinstance(value, torch.Tensor):
+        if isinstance(current, torch.Tensor) and (current.shape, current.dtype) == (value.shape, value.dtype):
+            return current.copy_(value)
+        return value.to(device, copy=True)
+    if isinstance(current, torch.Tensor) and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return current.fill_(value)
+    if isinstance(value, (list, tuple)):
+        alike = isinstance(current, (list, tuple)) and len(current) == len(value)
+        old = current if alike else [None] * len(value)
+        return type(value)(_merge(c, v, device) for c, v in zip(old, value, strict=True))  # type: ignore[call-overload]
+    if isinstance(value, dict):
+        return {key: _merge(None, item, device) for key, item in value.items()}
+    return value

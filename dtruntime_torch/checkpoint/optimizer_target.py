@@ -1,0 +1,199 @@
+"""A checkpoint into an optimizer, without a step and without `Optimizer.load_state_dict`.
+
+That one casts state to the parameter's dtype, matches parameters by position and replaces the dicts of the groups,
+to which schedulers hold on. Here parameters are matched by name, the state of each becomes exactly what was saved,
+and groups are changed in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from dtruntime_torch.checkpoint.fqns import parameters_of
+from dtruntime_torch.checkpoint.load_plan import SavedTensor
+from dtruntime_torch.checkpoint.local_shard import BoxFinder, local_part
+from dtruntime_torch.checkpoint.nest import SavedLeaf, nest
+from dtruntime_torch.checkpoint.optimizer_groups import (
+    SavedGroup,
+    fill_group,
+    match_groups,
+    saved_groups,
+    scalar_device,
+)
+from dtruntime_torch.checkpoint.specs import Path
+from dtruntime_torch.checkpoint.stateful import GROUPS, STATE
+from dtruntime_torch.checkpoint.traverse import Node
+from dtruntime_torch.checkpoint.wanted import Below, Loaded, Request, fill_tensor, needed_box
+
+
+def optimizer_request(node: Node, names: Sequence[str], below: Below, boxes: BoxFinder) -> Request:
+    """Asks for the state of an optimizer's parameters and for its groups' options.
+
+    Args:
+        node: where the optimizer lies.
+        names: of its parameters, in its order.
+        below: what the checkpoint holds under the optimizer's name. What of that belongs to parameters that it
+            does not have is unexpected: another rank may have them.
+        boxes: finds the shards of DTensors.
+    """
+    optimizer, depth = node.value, below.depth + 2
+    states, in_groups, others = _sort(below)
+    saved = saved_groups(in_groups, depth)
+    matches, differences = match_groups(node.fqn, _by_group(optimizer, names), saved)
+    request = Request(differences=differences, unexpected=[leaf.fqn for leaf in others])
+    matched = {id(group): group for groups in matches for group in groups}
+    request.unexpected += [
+        leaf.fqn for group in saved if id(group) not in matched for leaf in group.below.leaves
+    ]
+    chosen = [groups[0] for groups in matches if groups]
+    for leaf in [leaf for group in chosen for leaf in group.below.leaves]:
+        request.want(leaf)
+
+    target = _StateTarget(optimizer, names, depth)
+    foreign = {name for group in saved for name in group.params}.difference(names)
+    for name in foreign.intersection(states):
+        request.unexpected += [leaf.fqn for leaf in states.pop(name)]
+    for leaf in [leaf for leaves in states.values() for leaf in leaves]:
+        request.want(leaf, needed_box(leaf, target.like(leaf), boxes))
+
+    def fill(loaded: Loaded) -> None:
+        for group, saved_group in zip(optimizer.param_groups, chosen, strict=True):
+            fill_group(group, _options(saved_group, loaded))
+        target.fill(states, loaded)
+
+    request.fill = fill
+    return request
+
+
+def _sort(below: Below) -> tuple[dict[str, list[SavedLeaf]], list[SavedLeaf], list[SavedLeaf]]:
+    """Which leaves are the state of what name, which lie in groups, and which in neither."""
+    states: dict[str, list[SavedLeaf]] = {}
+    in_groups, others = [], []
+    for leaf in below.leaves:
+        section, *rest = [str(step.key) for step in leaf.path[below.depth : below.depth + 2]] or [""]
+        if section == STATE and rest:
+            states.setdefault(rest[0], []).append(leaf)
+        elif section == GROUPS and rest:
+            in_groups.append(leaf)
+        elif section != STATE:
+            others.append(leaf)
+    return states, in_groups, others
+
+
+def _by_group(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> list[list[str]]:
+    rest = iter(names)
+    return [[next(rest) for _ in group["params"]] for group in optimizer.param_groups]
+
+
+def _options(group: SavedGroup, loaded: Loaded) -> dict[str, object]:
+    options = nest(group.below.leaves, group.below.depth, lambda leaf: loaded.value_of(leaf, _as_it_is))
+    assert isinstance(options, dict)
+    return options
+
+
+def _as_it_is(leaf: SavedTensor, data: torch.Tensor) -> torch.Tensor:
+    return data
+
+
+class _StateTarget:
+    """The state of an optimizer's parameters.
+
+    Args:
+        optimizer: whose state.
+        names: of its parameters.
+        depth: how many steps of a leaf's path lead to the state of a parameter.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, names: Sequence[str], depth: int) -> None:
+        self._state: dict[Any, Any] = optimizer.state
+        self._parameters = dict(zip(names, parameters_of(optimizer), strict=True))
+        self._group_of = {
+            name: group
+            for group, members in zip(optimizer.param_groups, _by_group(optimizer, names), strict=True)
+            for name in members
+        }
+        self._depth = depth
+
+    def like(self, leaf: SavedLeaf) -> torch.Tensor | None:
+        """The tensor whose placements, device and strides a tensor's data takes: what lies there, or the parameter."""
+        if not isinstance(leaf, SavedTensor):
+            return None
+        current = self._current(leaf)
+        if current is not None:
+            return current
+        parameter = self._parameters.get(self._name(leaf))
+        same_shape = parameter is not None and tuple(parameter.shape) == leaf.global_shape
+        return parameter if same_shape and not _is_step(leaf) else None
+
+    def fill(self, states: dict[str, list[SavedLeaf]], loaded: Loaded) -> None:
+        """Makes the state of each parameter what was saved of it; of one without saved state, none."""
+        place = self._placer()
+        for name, parameter in self._parameters.items():
+            if name not in states:
+                self._state.pop(parameter, None)
+        for name, leaves in states.items():
+            new = nest(leaves, self._depth, lambda leaf: loaded.value_of(leaf, place))
+            key = self._parameters.get(name, name)
+            old = self._state.get(key)
+            if isinstance(old, dict) and isinstance(new, dict):
+                old.clear()
+                old.update(new)
+            else:
+                self._state[key] = new
+
+    def _placer(self) -> Callable[[SavedTensor, torch.Tensor], torch.Tensor]:
+        """Gives the function that puts data where it belongs, no two into the same memory."""
+        taken = {_address(parameter) for parameter in self._parameters.values()}
+
+        def place(leaf: SavedTensor, data: torch.Tensor) -> torch.Tensor:
+            like, device = self.like(leaf), self._device(leaf)
+            if like is None or like.device != device:
+                return data.to(device, copy=True)
+            if like.dtype == data.dtype and _address(like) not in taken:
+                new = like
+            else:
+                new = torch.empty_like(like, dtype=data.dtype, requires_grad=False)
+            taken.add(_address(new))
+            fill_tensor(new, data)
+            return new
+
+        return place
+
+    def _device(self, leaf: SavedTensor) -> torch.device:
+        parameter = self._parameters.get(self._name(leaf))
+        current = self._current(leaf)
+        if parameter is not None and _is_step(leaf):
+            return scalar_device(self._group_of[self._name(leaf)], parameter)
+        if current is not None:
+            return current.device
+        return parameter.device if parameter is not None else torch.device("cpu")
+
+    def _current(self, leaf: SavedTensor) -> torch.Tensor | None:
+        name = self._name(leaf)
+        found = _at(self._state.get(self._parameters.get(name, name)), leaf.path[self._depth :])
+        alike = isinstance(found, torch.Tensor) and tuple(found.shape) == leaf.global_shape
+        return found if alike else None
+
+    def _name(self, leaf: SavedTensor) -> str:
+        return str(leaf.path[self._depth - 1].key)
+
+
+def _is_step(leaf: SavedTensor) -> bool:
+    return leaf.path[-1].key == "step" and not leaf.global_shape
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return local_part(tensor).data_ptr()
+
+
+def _at(value: Any, path: Path) -> Any:
+    """What lies at the end of a path through nested containers, or None."""
+    for step in path:
+        try:
+            value = value[step.key]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return value

@@ -1,0 +1,127 @@
+"""A checkpoint back into the objects of a state: first what is wanted of it and what differs, then filling in place.
+
+Nothing is touched before `apply`, so that a checkpoint that does not fit changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from dtruntime_torch.checkpoint.load_plan import SavedState
+from dtruntime_torch.checkpoint.local_shard import BoxFinder
+from dtruntime_torch.checkpoint.module_target import module_request, tensor_request
+from dtruntime_torch.checkpoint.nest import build_state, leaves_of
+from dtruntime_torch.checkpoint.optimizer_target import optimizer_request
+from dtruntime_torch.checkpoint.stateful import Survey
+from dtruntime_torch.checkpoint.traverse import Node, is_stateful, nodes_below
+from dtruntime_torch.checkpoint.wanted import (
+    Below,
+    Loaded,
+    Request,
+    Wanted,
+    divide,
+    missing,
+    needed_box,
+    nested_copies,
+)
+from dtruntime_torch.errors import InvalidArgument
+
+__all__ = ["Targets", "Wanted", "bind_targets", "build_state"]
+
+
+def bind_targets(state: object) -> Targets:
+    """Finds what a load into `state` can fill.
+
+    Args:
+        state: as for `flatten_state`, but no bytes.
+
+    Raises:
+        InvalidArgument, UnsupportedType: as `flatten_state` raises them.
+    """
+    if isinstance(state, bytes):
+        raise InvalidArgument("bytes cannot be filled in place; use load_checkpoint")
+    return Targets(Survey(state))
+
+
+class Targets:
+    """The places of a state, by name.
+
+    `want` may be asked about one checkpoint after the other; `apply` fills from the last one.
+
+    Args:
+        survey: of the state.
+    """
+
+    def __init__(self, survey: Survey) -> None:
+        self._survey = survey
+        self._nodes = {node.fqn: node for node in survey.nodes}
+        self._requests: list[tuple[Node, Request]] = []
+
+    def want(self, saved: SavedState) -> Wanted:
+        """Compares the state with a checkpoint and says what is needed of that; nothing is changed.
+
+        Names, shapes and dtypes of tensors must agree, in modules and in dicts. Of an optimizer the parameters
+        must be those that were saved, grouped alike; its state becomes the saved one. An object, and a stateful
+        one that is neither module nor optimizer, takes whatever lies under its name; if that fits, it must know.
+        """
+        divided, others = divide(leaves_of(saved), self._nodes)
+        boxes = BoxFinder()
+        self._requests = [
+            (node, self._ask(node, divided.get(fqn), boxes)) for fqn, node in self._nodes.items()
+        ]
+        total = Request(unexpected=[leaf.fqn for leaf in others])
+        for _, request in self._requests:
+            total.include(request)
+        return Wanted(
+            tuple(total.tensors), tuple(total.objects), tuple(total.differences), tuple(total.unexpected)
+        )
+
+    def apply(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, object]) -> None:
+        """Fills the state from the checkpoint that `want` saw last, in which nothing may have differed.
+
+        Modules come first, then optimizers, then the rest in the order of the state.
+
+        Args:
+            tensors: fqn -> what was wanted: on the host, contiguous, of the saved dtype. May be freed afterwards.
+            values: fqn -> object.
+        """
+        loaded = Loaded(tensors, values)
+        for _, request in sorted(self._requests, key=lambda pair: _turn(pair[0])):
+            request.fill(loaded)
+
+    def _ask(self, node: Node, below: Below | None, boxes: BoxFinder) -> Request:
+        if isinstance(node.value, torch.nn.Module) and not (below is None and node.per_rank):
+            leaves = below.leaves if below is not None else []
+            return module_request(node, self._survey, leaves, boxes)
+        if below is None:
+            return missing(node.fqn, node.per_rank)
+        if isinstance(node.value, torch.optim.Optimizer):
+            return optimizer_request(node, self._survey.names_of(node), below, boxes)
+        if is_stateful(node.value):
+            return _stateful_request(node, below, boxes)
+        if isinstance(node.value, torch.Tensor):
+            return tensor_request(node, below, boxes)
+        return _value_request(node, below)
+
+
+def _turn(node: Node) -> int:
+    if isinstance(node.value, torch.nn.Module):
+        return 0
+    return 1 if isinstance(node.value, torch.optim.Optimizer) else 2
+
+
+def _value_request(node: Node, below: Below) -> Request:
+    request = Request(fill=lambda loaded: node.replace(nested_copies(below, loaded, {})))
+    for leaf in below.leaves:
+        request.want(leaf)
+    return request
+
+
+def _stateful_request(node: Node, below: Below, boxes: BoxFinder) -> Request:
+    current = {leaf.fqn: leaf.value for leaf in nodes_below(node, node.value.state_dict())}
+    request = Request(fill=lambda loaded: node.value.load_state_dict(nested_copies(below, loaded, current)))
+    for leaf in below.leaves:
+        request.want(leaf, needed_box(leaf, current.get(leaf.fqn), boxes))
+    return request

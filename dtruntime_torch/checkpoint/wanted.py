@@ -1,0 +1,182 @@
+"""What the targets of a load ask a checkpoint for, and what they get."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from dtruntime_torch.checkpoint.load_plan import SavedTensor
+from dtruntime_torch.checkpoint.local_shard import Box, BoxFinder, is_dtensor, local_part
+from dtruntime_torch.checkpoint.nest import SavedLeaf, bytes_of, names_along, nest
+from dtruntime_torch.checkpoint.records import ObjectEntry
+from dtruntime_torch.checkpoint.specs import Shape, TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a rank needs of a checkpoint, and how its state differs from it.
+
+    Attributes:
+        tensors: the shards to read.
+        objects: fqns of the objects to decode.
+        differences: one line for each name, shape or dtype in which they differ; the state cannot be filled then.
+        unexpected: fqns of the checkpoint for which this rank's state has no place; another rank's may have.
+    """
+
+    tensors: tuple[TensorSpec, ...]
+    objects: tuple[str, ...]
+    differences: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+
+class Loaded(NamedTuple):
+    """What was read.
+
+    Attributes:
+        tensors: fqn -> the wanted shard: on the host, contiguous, of the saved dtype; not to be kept.
+        values: fqn -> object.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    values: Mapping[str, object]
+
+    def value_of(self, leaf: SavedLeaf, place: Callable[[SavedTensor, torch.Tensor], torch.Tensor]) -> object:
+        """The value of a leaf; what is to become of a tensor's data `place` says."""
+        if isinstance(leaf, ObjectEntry):
+            return self.values[leaf.fqn]
+        if leaf.is_bytes:
+            return bytes_of(self.tensors[leaf.fqn])
+        return place(leaf, self.tensors[leaf.fqn])
+
+
+def _fill_nothing(loaded: Loaded) -> None:
+    """What is left to do for a target that the checkpoint does not fit."""
+
+
+@dataclass(slots=True)
+class Request:
+    """What one target takes from a checkpoint.
+
+    Attributes:
+        tensors, objects, differences, unexpected: as in `Wanted`.
+        fill: puts what was read into the target.
+    """
+
+    tensors: list[TensorSpec] = field(default_factory=list)
+    objects: list[str] = field(default_factory=list)
+    differences: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    fill: Callable[[Loaded], None] = _fill_nothing
+
+    def want(self, leaf: SavedLeaf, box: Box | None = None) -> None:
+        """Asks for a leaf; of a tensor for the given box, or for all of it."""
+        if isinstance(leaf, ObjectEntry):
+            self.objects.append(leaf.fqn)
+            return
+        self.tensors.append(
+            TensorSpec(
+                fqn=leaf.fqn,
+                path=leaf.path,
+                index=leaf.index,
+                dtype=leaf.dtype,
+                global_shape=leaf.global_shape,
+                offsets=(0,) * len(leaf.global_shape) if box is None else box.offsets,
+                shape=leaf.global_shape if box is None else box.shape,
+                per_rank=leaf.per_rank,
+                is_bytes=leaf.is_bytes,
+            )
+        )
+
+    def include(self, other: Request) -> None:
+        """Adds what another request asks for, and its lines; how that is filled is not taken over."""
+        self.tensors += other.tensors
+        self.objects += other.objects
+        self.differences += other.differences
+        self.unexpected += other.unexpected
+
+
+class Below(NamedTuple):
+    """The leaves of a checkpoint that lie under one name.
+
+    Attributes:
+        depth: how many steps of their paths lead to that name.
+        leaves: at least one, in the order of the state.
+    """
+
+    depth: int
+    leaves: list[SavedLeaf]
+
+
+def divide(leaves: Iterable[SavedLeaf], names: Collection[str]) -> tuple[dict[str, Below], list[SavedLeaf]]:
+    """Finds for each leaf the longest of the names under which it lies.
+
+    Returns:
+        The leaves by name, and those that lie under none.
+    """
+    divided: dict[str, Below] = {}
+    others = []
+    for leaf in leaves:
+        along = names_along(leaf.path)
+        depth = next((depth for depth in range(len(along) - 1, 0, -1) if along[depth] in names), None)
+        if depth is None or divided.setdefault(along[depth], Below(depth, [])).depth != depth:
+            others.append(leaf)
+        else:
+            divided[along[depth]].leaves.append(leaf)
+    return divided, others
+
+
+def missing(fqn: str, per_rank: bool) -> Request:
+    """The request of a target for which the checkpoint has nothing; what differs by rank may be missing."""
+    return Request() if per_rank else Request(differences=[f"{fqn}: in the state, not in the checkpoint"])
+
+
+def describe(shape: Shape, dtype: str) -> str:
+    """A tensor's shape and dtype as differences show them: "(10, 4) float32"."""
+    return f"{shape} {dtype}"
+
+
+def fill_tensor(target: torch.Tensor, data: torch.Tensor) -> None:
+    """Copies a shard into a tensor, or into the local shard of a DTensor."""
+    with torch.no_grad():
+        local_part(target).copy_(data)
+
+
+def needed_box(leaf: SavedLeaf, like: object, boxes: BoxFinder) -> Box | None:
+    """The shard of a leaf that this rank needs if it becomes a DTensor like another; None for all of it."""
+    return boxes.find(like, leaf.fqn) if is_dtensor(like) and _have_one_shape(leaf, like) else None
+
+
+def _have_one_shape(leaf: SavedLeaf, tensor: torch.Tensor) -> bool:
+    return isinstance(leaf, SavedTensor) and tuple(tensor.shape) == leaf.global_shape
+
+
+def nested_copies(below: Below, loaded: Loaded, current: Mapping[str, object]) -> object:
+    """Puts leaves into new containers and their tensors into new tensors; tied ones stay tied.
+
+    Args:
+        below: the leaves; they are named as their containers are at that depth.
+        loaded: their values.
+        current: fqn -> the tensor that lies there now, to whose device, and placements, a new one goes.
+    """
+    copies: dict[str, torch.Tensor] = {}
+
+    def copy(leaf: SavedTensor, data: torch.Tensor) -> torch.Tensor:
+        first = leaf.alias or leaf.fqn
+        if first not in copies:
+            copies[first] = _copy_like(current.get(leaf.fqn), leaf, data)
+        return copies[first]
+
+    return nest(below.leaves, below.depth, lambda leaf: loaded.value_of(leaf, copy))
+
+
+def _copy_like(like: object, leaf: SavedTensor, data: torch.Tensor) -> torch.Tensor:
+    if not isinstance(like, torch.Tensor):
+        return data.clone()
+    if not is_dtensor(like) or not _have_one_shape(leaf, like):
+        return data.to(like.device, copy=True)
+    new = torch.empty_like(like, dtype=data.dtype, requires_grad=False)
+    fill_tensor(new, data)
+    return new

@@ -1,0 +1,23 @@
+"""FSDP2, hybrid and tensor-parallel states on four ranks, beside what torch.distributed.checkpoint makes of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch.multiprocessing as mp
+
+from tests.distributed import sharded_states
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("outcomes")
+    mp.spawn(sharded_states.run, (str(folder),), nprocs=sharded_states.WORLD)
+    return folder
+
+
+@pytest.mark.parametrize("scenario", sharded_states.SCENARIOS)
+def test_on_four_ranks(outcomes: Path, scenario: str) -> None:
+    results = [(outcomes / f"{scenario}-{rank}").read_text() for rank in range(sharded_states.WORLD)]
+    assert results == ["ok"] * sharded_states.WORLD, "\n".join(results)
