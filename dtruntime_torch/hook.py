@@ -117,7 +117,11 @@ class CheckpointHook:
         yield from batches
 
     def step(self) -> None:
-        """Notes that an optimizer step is done, with all that belongs to it, and saves when it is time."""
+        """Notes that an optimizer step is done, with all that belongs to it, and saves when it is time.
+
+        It is the last line of the loop's body: random numbers that are drawn behind it are not drawn again by a run
+        that goes on from there.
+        """
         self.current_step += 1
         if self.current_step % self.every_n_steps == 0:
             self.save()

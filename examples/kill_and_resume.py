@@ -113,15 +113,18 @@ class Job:
     def watch(self, until: Callable[[int], bool], total: int) -> None:
         """Shows the job's progress until it ended, or `until` (steps recorded so far) says so."""
         began, done, ended = time.monotonic(), 0, False
-        title = f"({self.phase[0]}) on {self.ranks} rank{'s' * (self.ranks > 1)}"
-        with tqdm(total=total, desc=title, unit="step", disable=None, leave=False) as bar:
-            while not ended and not until(done):
-                if time.monotonic() - began > TIME_LIMIT:
-                    self.kill()
-                    raise PhaseFailed(f"{title} took over {TIME_LIMIT:.0f} s; see {self.output}")
-                ended = wait(self.process, TICK)
-                done = sum(1 for _ in recorded(self.record / "rank-0.jsonl", "loss"))
-                bar.update(done - bar.n)
+        title = f"({self.phase[0]}) on {ranks_in_words(self.ranks)}"
+        try:
+            with tqdm(total=total, desc=title, unit="step", disable=None, leave=False) as bar:
+                while not ended and not until(done):
+                    if time.monotonic() - began > TIME_LIMIT:
+                        raise PhaseFailed(f"{title} took over {TIME_LIMIT:.0f} s; see {self.output}")
+                    ended = wait(self.process, TICK)
+                    done = sum(1 for _ in recorded(self.record / "rank-0.jsonl", "loss"))
+                    bar.update(done - bar.n)
+        except BaseException:
+            self.kill()
+            raise
         print(f"{title}: {done} steps, {time.monotonic() - began:.1f} s with the start", flush=True)
 
     def finish(self, total: int) -> Run:
@@ -144,6 +147,11 @@ class Job:
                     continue
             wait(self.process, TICK)
         self.process.wait()
+
+
+def ranks_in_words(ranks: int) -> str:
+    """Says how many ranks."""
+    return "1 rank" if ranks == 1 else f"{ranks} ranks"
 
 
 def wait(process: subprocess.Popen[bytes], seconds: float) -> bool:
@@ -256,26 +264,35 @@ def compare_samples(a: dict[int, Step], history: dict[int, Step], n: int) -> Row
         epochs.setdefault(step.epoch, []).extend(step.samples)
     *whole, last = epochs.values()
     once = all(sorted(epoch) == list(range(n)) for epoch in whole) and len({*last}) == len(last)
-    order = [(number, step.epoch, step.samples) for number, step in history.items()]
-    same = order == [(number, step.epoch, step.samples) for number, step in a.items()]
+    differs = first_difference(a, history, "epoch", "samples")
     found = f"{sum(map(len, epochs.values())):,} in {len(history)} steps, {len(epochs)} epochs of {n:,}"
-    return Row(once and same, "samples of (b)+(c): each once, in the order of (a)", found)
+    return Row(once and not differs, "samples of (b)+(c): each once, in the order of (a)", differs or found)
 
 
 def compare_losses(a: dict[int, Step], history: dict[int, Step]) -> Row:
     """The loss of each step on each rank, dropout included."""
-    differing = [
-        number for number in a if number not in history or a[number].losses != history[number].losses
-    ]
-    found = f"first differs at step {differing[0]}" if differing else f"{len(a)} steps on 2 ranks"
-    return Row(not differing, "losses of (b)+(c), bit for bit those of (a)", found)
+    differs = first_difference(a, history, "losses")
+    return Row(
+        not differs, "losses of (b)+(c), bit for bit those of (a)", differs or f"{len(a)} steps on 2 ranks"
+    )
 
 
 def compare_resized(a: dict[int, Step], d: dict[int, Step], newest: int, ranks: int) -> Row:
     """The samples of a few steps on another number of ranks."""
-    same = min(d) == newest + 1 and all(step.samples == a[number].samples for number, step in d.items())
+    wanted = {number: step for number, step in a.items() if newest < number <= max(d)}
+    differs = first_difference(wanted, d, "epoch", "samples")
     found = f"{sum(len(step.samples) for step in d.values()):,} in steps {min(d)} to {max(d)}"
-    return Row(same, f"samples of (d) on {ranks} rank{'s' * (ranks > 1)}: in the order of (a)", found)
+    what = f"samples of (d) on {ranks_in_words(ranks)}: in the order of (a)"
+    return Row(not differs, what, differs or found)
+
+
+def first_difference(wanted: dict[int, Step], found: dict[int, Step], *fields: str) -> str:
+    """Says at which step two runs begin to differ in these fields; nothing if they do not."""
+    for number in sorted({*wanted, *found}):
+        steps = wanted.get(number), found.get(number)
+        if None in steps or any(len({getattr(step, field) for step in steps}) > 1 for field in fields):
+            return f"first differs at step {number}"
+    return ""
 
 
 def check_resume(newest: int, b: Run, resumed: int) -> Row:

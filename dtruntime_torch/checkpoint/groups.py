@@ -40,7 +40,10 @@ class Groups:
 
 
 def signature(specs: FlatSpecs) -> str:
-    """Digests what is alike on all ranks of a group: all but offsets, shape and holders of a shard.
+    """Digests what is alike on all ranks of a group.
+
+    Left out are offsets, shape and holders of a shard, and the shape of what may differ by rank: bytes and what is
+    marked as `per_rank`. A plan that was made for one structure does not fit every other of the same signature.
 
     Example:
         >>> signature(FlatSpecs((), ()))[:16]
@@ -53,7 +56,7 @@ def signature(specs: FlatSpecs) -> str:
                 [[step.container, objects.encode(step.key, spec.fqn)] for step in spec.path],
                 spec.index,
                 spec.dtype,
-                list(spec.global_shape),
+                [] if spec.per_rank or spec.is_bytes else list(spec.global_shape),
                 spec.layout,
                 spec.holders is None,
                 spec.spread,

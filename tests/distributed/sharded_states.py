@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +49,8 @@ def make_state(**options: Any) -> dict[str, Any]:
 
 
 def train(state: dict[str, Any], steps: int) -> None:
-    torch.manual_seed(dist.get_rank())
+    # Alike on all ranks, so that BatchNorm's statistics are, and a load changes none of them.
+    torch.manual_seed(steps)
     for _ in range(steps):
         state["optimizer"].zero_grad()
         state["model"](torch.randn(3, 6)).square().mean().backward()
@@ -157,7 +159,7 @@ def sharded_and_plain_fit_each_other() -> None:
 
 
 def fp32_state_of_bf16_parameters_stays() -> None:
-    state, fresh = ({k: v for k, v in make_state().items()} for _ in range(2))
+    state, fresh = make_state(), make_state()
     for one in (state, fresh):
         one["model"].to(torch.bfloat16)
     for parameter in state["model"].parameters():
@@ -223,15 +225,13 @@ def tied_shards_name_the_first() -> None:
     fully_shard(model)
     specs = {spec.fqn: spec for spec in flatten_state({"m": model}, dist.get_rank()).specs.tensors}
     assert specs["m.head.weight"].alias == "m.embed.weight"
-    assert torch.equal(
-        gathered(flatten_state({"m": model}, dist.get_rank())).tensors["m.head.weight"], full(model)
-    )
+    checkpoint = gathered(flatten_state({"m": model}, dist.get_rank()))
+    assert torch.equal(checkpoint.tensors["m.head.weight"], full_tensor(model["embed"].weight))
 
 
-def full(model: torch.nn.Module) -> torch.Tensor:
-    weight = model.get_parameter("embed.weight")
-    assert isinstance(weight, DTensor)
-    return weight.detach().full_tensor()
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    assert isinstance(tensor, DTensor)
+    return tensor.full_tensor().detach()
 
 
 def replicas_of_a_hybrid_mesh_are_all_holders() -> None:
@@ -241,7 +241,7 @@ def replicas_of_a_hybrid_mesh_are_all_holders() -> None:
     for spec in flatten_state({"m": model}, rank).specs.tensors:
         if "running" not in spec.fqn and "num_batches" not in spec.fqn:
             assert spec.holders == (rank % 2, rank % 2 + 2)
-    reference = {name: parameter.full_tensor() for name, parameter in model.named_parameters()}  # type: ignore[attr-defined]
+    reference = {name: full_tensor(parameter) for name, parameter in model.named_parameters()}
     checkpoint = gathered(flatten_state({"m": model}, rank))
     assert all(torch.equal(checkpoint.tensors[f"m.{name}"], tensor) for name, tensor in reference.items())
 
@@ -253,7 +253,7 @@ def tensor_parallel_and_sharded_makes_boxes_that_tile() -> None:
     reference = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
     fully_shard(model, mesh=mesh["dp"])
-    weight = model[0].weight
+    weight: Any = model[0].weight
     assert any(isinstance(placement, _StridedShard) for placement in weight.placements)
     flat = flatten_state({"m": model}, dist.get_rank())
     checkpoint = gathered(flat)
@@ -333,9 +333,9 @@ SCENARIOS: dict[str, Callable[[], None]] = {
 def run(rank: int, folder: str) -> None:
     """Runs every scenario on one rank; what became of each is in a file of its name and the rank's."""
     torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", WORLD)
+    timeout = datetime.timedelta(seconds=60)
     dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=WORLD, timeout=datetime.timedelta(seconds=60)
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=timeout
     )
     for name, scenario in SCENARIOS.items():
         try:
@@ -344,4 +344,7 @@ def run(rank: int, folder: str) -> None:
         except Exception:
             outcome = traceback.format_exc()
         Path(folder, f"{name}-{rank}").write_text(outcome)
+        if outcome != "ok":
+            # The other ranks are somewhere else: nothing can be done together any more.
+            os._exit(1)
     dist.destroy_process_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,14 @@ from tests.distributed import sharded_states
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("outcomes")
-    mp.spawn(sharded_states.run, (str(folder),), nprocs=sharded_states.WORLD)
+    # A rank that fails says so in its file, and takes the others down with it.
+    with contextlib.suppress(mp.ProcessExitedException):
+        mp.spawn(sharded_states.run, (str(folder),), nprocs=sharded_states.WORLD)
     return folder
 
 
 @pytest.mark.parametrize("scenario", sharded_states.SCENARIOS)
 def test_on_four_ranks(outcomes: Path, scenario: str) -> None:
-    results = [(outcomes / f"{scenario}-{rank}").read_text() for rank in range(sharded_states.WORLD)]
+    files = [outcomes / f"{scenario}-{rank}" for rank in range(sharded_states.WORLD)]
+    results = [file.read_text() if file.exists() else "did not get here" for file in files]
     assert results == ["ok"] * sharded_states.WORLD, "\n".join(results)

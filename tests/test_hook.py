@@ -1,0 +1,156 @@
+"""CheckpointHook on one process: what it saves and when, and that a loop goes on bit for bit."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import dtruntime_torch as dt
+from dtruntime_torch.errors import CheckpointMismatch, InvalidArgument
+
+
+class Average:
+    """An exponential moving average of the weights, as users write it."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.weights = [p.detach().clone() for p in model.parameters()]
+
+    def update(self, model: torch.nn.Module) -> None:
+        for mine, current in zip(self.weights, model.parameters(), strict=True):
+            mine.lerp_(current.detach(), 0.5)
+
+    def state_dict(self) -> dict[str, object]:
+        return {"weights": self.weights}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        self.weights = state["weights"]  # type: ignore[assignment]
+
+
+class Loop:
+    """A training loop with all that a hook saves."""
+
+    def __init__(self, backend: dt.StorageBackend, workers: int = 0, every: int = 2, **options: object) -> None:
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(11)
+        self.model = torch.nn.Sequential(torch.nn.Linear(1, 4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 1))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, 50)
+        self.average = Average(self.model)
+        data = torch.arange(20.0)
+        self.sampler = dt.ElasticDistributedSampler(data, num_replicas=1, rank=0)
+        self.loader = DataLoader(data, 4, sampler=self.sampler, num_workers=workers)
+        self.hook = dt.CheckpointHook(
+            dt.CheckpointManager(backend),
+            model=self.model,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            sampler=self.sampler,
+            every_n_steps=every,
+            extra={"average": self.average},
+            **options,
+        )
+
+    def run(self, stop: int) -> list[object]:
+        seen: list[object] = []
+        step = self.hook.restore()
+        for epoch in range(self.sampler.epoch, 100):
+            self.sampler.set_epoch(epoch)
+            for batch in self.hook.track(self.loader):
+                self.optimizer.zero_grad()
+                self.model(batch[:, None]).square().mean().backward()
+                self.optimizer.step()
+                self.scheduler.step()
+                self.average.update(self.model)
+                seen.append((batch.tolist(), random.random(), np.random.rand(), torch.rand(()).item()))
+                self.hook.step()
+                step += 1
+                if step == stop:
+                    self.hook.manager.close()
+                    return seen
+        raise AssertionError("the loop ended early")
+
+    def weights(self) -> list[list[float]]:
+        return [p.detach().flatten().tolist() for p in [*self.model.parameters(), *self.average.weights]]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("killed_at", [2, 4, 5, 7, 10])
+def test_an_interrupted_loop_goes_on_bit_for_bit(workers, killed_at):
+    straight = Loop(dt.MemoryBackend(), workers)
+    expected = straight.run(12)
+    backend = dt.MemoryBackend()
+    Loop(backend, workers).run(killed_at)
+    resumed = Loop(backend, workers)
+    saved = killed_at - killed_at % 2
+    assert resumed.run(12) == expected[saved:]
+    assert resumed.weights() == straight.weights()
+
+
+def test_restore_of_nothing_is_step_zero():
+    assert Loop(dt.MemoryBackend()).hook.restore() == 0
+
+
+def test_it_saves_every_n_steps():
+    backend = dt.MemoryBackend()
+    Loop(backend, every=3).run(8)
+    assert [info.step for info in dt.CheckpointManager(backend).list()] == [3, 6]
+
+
+def test_it_tells_what_saving_cost():
+    loop = Loop(dt.MemoryBackend())
+    loop.run(4)
+    assert loop.hook.last_save is not None and loop.hook.last_save.result().step == 4
+    assert loop.hook.stall_seconds >= loop.hook.last_save.metrics.stall_seconds > 0
+
+
+def test_several_optimizers_are_saved_by_their_place():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    optimizers = [torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9) for layer in model]
+    model(torch.ones(1, 2)).sum().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    manager = dt.CheckpointManager(dt.MemoryBackend())
+    hook = dt.CheckpointHook(manager, model=model, optimizer=optimizers, every_n_steps=1)
+    hook.step()
+    fresh = [torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9) for layer in model]
+    assert dt.CheckpointHook(manager, model=model, optimizer=fresh).restore() == 1
+    momenta = [[o.state[p]["momentum_buffer"] for p in o.param_groups[0]["params"]] for o in (*optimizers, *fresh)]
+    assert all(map(torch.equal, sum(momenta[:2], []), sum(momenta[2:], [])))
+
+
+def test_a_loop_without_a_scheduler_does_not_take_a_checkpoint_that_has_one():
+    backend = dt.MemoryBackend()
+    loop = Loop(backend)
+    loop.run(2)
+    hook = dt.CheckpointHook(dt.CheckpointManager(backend), model=loop.model, optimizer=loop.optimizer)
+    with pytest.raises(CheckpointMismatch, match="scheduler"):
+        hook.restore()
+
+
+def test_a_loader_that_does_not_draw_from_the_sampler_is_refused():
+    loop = Loop(dt.MemoryBackend())
+    with pytest.raises(InvalidArgument, match="sampler"):
+        next(loop.hook.track(DataLoader(torch.arange(4))))
+
+
+@pytest.mark.parametrize("name", ["model", "optimizer", "rng", "sampler"])
+def test_extra_may_not_use_the_names_of_the_hook(name):
+    loop = Loop(dt.MemoryBackend())
+    with pytest.raises(InvalidArgument, match=name):
+        dt.CheckpointHook(
+            loop.hook.manager,
+            model=loop.model,
+            optimizer=loop.optimizer,
+            sampler=loop.sampler,
+            extra={name: 1},
+        )
+
+
+@pytest.mark.parametrize("every", [0, -1])
+def test_every_n_steps_is_at_least_one(every):
+    with pytest.raises(InvalidArgument, match="every_n_steps"):
+        Loop(dt.MemoryBackend(), every=every)
