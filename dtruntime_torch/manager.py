@@ -6,21 +6,19 @@ import operator
 import os
 from types import TracebackType
 
-import torch.distributed as dist
+from torch.distributed.distributed_c10d import ProcessGroup, Store
 
 from dtruntime_torch.checkpoint import catalog, restore, strict_json
 from dtruntime_torch.checkpoint.handle import SaveHandle
 from dtruntime_torch.checkpoint.info import CheckpointInfo
 from dtruntime_torch.checkpoint.lineage import Lineage
-from dtruntime_torch.checkpoint.names import CommitKey, check_name
+from dtruntime_torch.checkpoint.names import MAX_INTEGER, CommitKey, check_name
 from dtruntime_torch.checkpoint.objects import Json
 from dtruntime_torch.checkpoint.save import Saver
-from dtruntime_torch.checkpoint.verify import VerifyReport, verify
-from dtruntime_torch.errors import CheckpointNotFound, CorruptCheckpoint, InvalidArgument
+from dtruntime_torch.checkpoint.verify import VerifyReport, find_commit, verify
+from dtruntime_torch.errors import CorruptCheckpoint, InvalidArgument
 from dtruntime_torch.membership import join
 from dtruntime_torch.storage import StorageBackend, backend_for, run_sync
-
-MAX_STEP = 10**15
 
 
 class CheckpointManager:
@@ -56,8 +54,8 @@ class CheckpointManager:
         *,
         chunk_bytes: int = 1 << 20,
         timeout: float = 600.0,
-        process_group: dist.ProcessGroup | None = None,
-        store: dist.Store | None = None,
+        process_group: ProcessGroup | None = None,
+        store: Store | None = None,
     ) -> None:
         check_name(name)
         if not 4096 <= chunk_bytes <= 1 << 30:
@@ -212,8 +210,8 @@ def _check_step(step: int) -> int:
         number = operator.index(step)
     except TypeError:
         raise InvalidArgument(f"step is {step!r}; it is an integer") from None
-    if isinstance(step, bool) or not 0 <= number <= MAX_STEP:
-        raise InvalidArgument(f"step is {step!r}; it is an integer from 0 to {MAX_STEP}")
+    if isinstance(step, bool) or not 0 <= number <= MAX_INTEGER:
+        raise InvalidArgument(f"step is {step!r}; it is an integer from 0 to {MAX_INTEGER}")
     return number
 
 
@@ -247,8 +245,4 @@ async def _describe(backend: StorageBackend, name: str, key: CommitKey) -> Check
 
 
 async def _verify_step(backend: StorageBackend, name: str, step: int | None) -> VerifyReport:
-    keys = [key for key in await catalog.commit_keys(backend, name) if step in (None, key.step)]
-    if not keys:
-        which = "checkpoint" if step is None else f"checkpoint of step {step}"
-        raise CheckpointNotFound(f"there is no {which} called {name}")
-    return await verify(backend, name, None if step is None else keys[-1])
+    return await verify(backend, name, None if step is None else await find_commit(backend, name, step))

@@ -6,7 +6,7 @@ import asyncio
 import os
 import threading
 
-import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # torch leaves it out of its exports
 
 from dtruntime_torch.checkpoint.handle import SaveHandle
 from dtruntime_torch.checkpoint.info import CheckpointInfo
@@ -50,5 +50,5 @@ class CheckpointWriter:
     def _start(self, name: str, step: int, data: object) -> SaveHandle:
         with self._lock:
             if name not in self._managers:
-                self._managers[name] = CheckpointManager(self._backend, name, store=dist.HashStore())
+                self._managers[name] = CheckpointManager(self._backend, name, store=HashStore())
             return self._managers[name].save_async(data, step)

@@ -3,8 +3,7 @@
     torchrun --standalone --nproc-per-node 2 examples/train_lm.py --checkpoints checkpoints
 
 Kill it at any moment and start it again, on as many ranks as you like: it goes on behind its newest checkpoint, in
-the middle of the epoch. On the same number of ranks the result is the same, bit for bit. The lines that do this
-are all in `main`, and begin with `dt.`, `hook.` or `sampler.`.
+the middle of the epoch; on as many ranks as before, bit for bit. See `dt`, `hook` and `sampler` in `main`.
 """
 
 from __future__ import annotations
@@ -61,7 +60,8 @@ class LanguageModel(nn.Module):
         self.positions = nn.Embedding(CONTEXT, WIDTH)
         self.layers = nn.TransformerEncoder(layer, LAYERS, nn.LayerNorm(WIDTH), enable_nested_tensor=False)
         self.head = nn.Linear(WIDTH, 256, bias=False)
-        nn.init.normal_(self.bytes.weight, std=WIDTH**-0.5)
+        nn.init.normal_(self.bytes.weight, std=0.05)
+        nn.init.normal_(self.positions.weight, std=0.05)
         self.head.weight = self.bytes.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -86,8 +86,8 @@ def write_corpus(path: Path) -> None:
 
 
 def learning_rate(step: int) -> float:
-    """Rises for 20 steps, then falls with the root of the step: no total needed, so a run can be prolonged."""
-    return min((step + 1) / 20, math.sqrt(20 / (step + 1)))
+    """Rises for 100 steps, then falls with the root of the step: no total needed, so a run can be prolonged."""
+    return min((step + 1) / 100, math.sqrt(100 / (step + 1)))
 
 
 def digest(model: nn.Module) -> str:

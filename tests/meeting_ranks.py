@@ -1,4 +1,4 @@
-"""Ranks for the tests of `barrier`: threads on one HashStore, and processes on a TCPStore.
+"""Ranks for the tests of `barrier` and `membership`: threads on one HashStore, and processes on a TCPStore.
 
 As a program, `python meeting_ranks.py SCENARIO RANK WORLD_SIZE PORT` is one rank; it prints what came of it as JSON.
 """
@@ -18,19 +18,23 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from dtruntime_torch.barrier import Barrier
-from dtruntime_torch.errors import BarrierTimeout, CommitConflict
+from dtruntime_torch.errors import BarrierTimeout, CommitConflict, InvalidArgument
+from dtruntime_torch.membership import HashStore, Membership, join
 
 R = TypeVar("R")
+
+TCPStore = dist.TCPStore  # type: ignore[attr-defined]  # public, but torch's module does not list it
 
 # Seconds: for what must not happen; for ranks that start together to meet; for one rank that waits in vain.
 LONG, SHORT, BRIEF = 60.0, 1.0, 0.1
 
 
-def barriers(store: dist.Store, world_size: int, timeout: float = LONG, prefix: str = "run") -> list[Barrier]:
+def barriers(store: Store, world_size: int, timeout: float = LONG, prefix: str = "run") -> list[Barrier]:
     """One for each rank."""
-    return [Barrier(dist.PrefixStore(prefix, store), rank, world_size, timeout) for rank in range(world_size)]
+    return [Barrier(PrefixStore(prefix, store), rank, world_size, timeout) for rank in range(world_size)]
 
 
 def together(ranks: Sequence[Barrier], act: Callable[[Barrier], R]) -> list[R | BaseException]:
@@ -71,9 +75,9 @@ def store_keeper() -> Iterator[tuple[subprocess.Popen[str], int]]:
         keeper.communicate()
 
 
-def connect(port: int) -> dist.Store:
+def connect(port: int) -> Store:
     """A client of the TCPStore there."""
-    return dist.TCPStore("127.0.0.1", port, None, False, timedelta(seconds=LONG))
+    return TCPStore("127.0.0.1", port, None, False, timedelta(seconds=LONG))
 
 
 def launch(scenario: str, rank: int, world_size: int, port: int) -> subprocess.Popen[str]:
@@ -125,12 +129,44 @@ def _missed(barrier: Barrier, key: str) -> list[object]:
     return []
 
 
+def joining(rank: int, world_size: int, store: Store) -> dict[str, object]:
+    """Joins with all ranks, again with all, with the last two over a Store of their own."""
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    try:
+        members, again = join(timeout=LONG), join(timeout=LONG)
+        some = dist.new_group([world_size - 2, world_size - 1])
+        return {
+            "all": _seen(members),
+            "again": again.run_id,
+            "alone": _seen(join(store=HashStore())),
+            "some": _seen_or_refused(some, PrefixStore("theirs", store)),
+        }
+    finally:
+        dist.destroy_process_group()
+
+
+def _seen(members: Membership) -> list[object]:
+    met = members.barrier.meet("all", b"%d" % members.rank, joined).decode()
+    return [members.rank, members.world_size, members.run_id, met]
+
+
+def _seen_or_refused(group: dist.ProcessGroup, store: Store) -> list[object]:
+    try:
+        members = join(group, store, LONG)
+    except InvalidArgument as error:
+        return [str(error)]
+    return [*_seen(members), members.barrier.announce("told", lambda: b"").decode()]
+
+
 def main(scenario: str, rank: int, world_size: int, port: int) -> None:
     """Is one rank."""
-    store = dist.PrefixStore("run", connect(port))
+    if scenario == "joining":
+        sys.stdout.write(json.dumps(joining(rank, world_size, connect(port))))
+        return
+    store = PrefixStore("run", connect(port))
     barrier = Barrier(store, rank, world_size, LONG)
     if scenario == "everything":
-        print(json.dumps(everything(barrier, Barrier(store, rank, world_size, 2.0))))
+        sys.stdout.write(json.dumps(everything(barrier, Barrier(store, rank, world_size, 2.0))))
     elif scenario == "dies once it has arrived":
         barrier.meet("last", b"my part", joined, interrupt=lambda: os._exit(0))
 

@@ -13,7 +13,13 @@ import pytest
 import torch
 
 import dtruntime_torch as dt
-from dtruntime_torch.errors import CheckpointMismatch, CommitConflict, CommitUnknown, CorruptCheckpoint, SaveFailed
+from dtruntime_torch.errors import (
+    CheckpointMismatch,
+    CommitConflict,
+    CommitUnknown,
+    CorruptCheckpoint,
+    SaveFailed,
+)
 from dtruntime_torch.storage import LocalBackend, MemoryBackend, StorageBackend, run_sync
 from dtruntime_torch.testing.faulty_backend import FaultyBackend, killed, lost_answer, not_done
 
@@ -212,7 +218,11 @@ def test_when_nothing_sound_is_left_the_load_says_so_and_changes_nothing(tmp_pat
     save(LocalBackend(tmp_path), 1)
     flip(data_file(tmp_path, 1), -1)
     state = state_of(0)
-    with dt.CheckpointManager(tmp_path) as manager, pytest.warns(RuntimeWarning), pytest.raises(CorruptCheckpoint):
+    with (
+        dt.CheckpointManager(tmp_path) as manager,
+        pytest.warns(RuntimeWarning),
+        pytest.raises(CorruptCheckpoint),
+    ):
         manager.load(state)
     assert torch.equal(state["w"], state_of(0)["w"])
 

@@ -33,7 +33,9 @@ class Average:
 class Loop:
     """A training loop with all that a hook saves."""
 
-    def __init__(self, backend: dt.StorageBackend, workers: int = 0, every: int = 2, **options: object) -> None:
+    def __init__(
+        self, backend: dt.StorageBackend, workers: int = 0, every: int = 2, **options: object
+    ) -> None:
         for seed in (random.seed, np.random.seed, torch.manual_seed):
             seed(11)
         self.model = torch.nn.Sequential(torch.nn.Linear(1, 4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 1))
@@ -42,7 +44,7 @@ class Loop:
         self.average = Average(self.model)
         data = torch.arange(20.0)
         self.sampler = dt.ElasticDistributedSampler(data, num_replicas=1, rank=0)
-        self.loader = DataLoader(data, 4, sampler=self.sampler, num_workers=workers)
+        self.loader: DataLoader[torch.Tensor] = DataLoader(data, 4, sampler=self.sampler, num_workers=workers)
         self.hook = dt.CheckpointHook(
             dt.CheckpointManager(backend),
             model=self.model,
@@ -118,8 +120,10 @@ def test_several_optimizers_are_saved_by_their_place():
     hook.step()
     fresh = [torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9) for layer in model]
     assert dt.CheckpointHook(manager, model=model, optimizer=fresh).restore() == 1
-    momenta = [[o.state[p]["momentum_buffer"] for p in o.param_groups[0]["params"]] for o in (*optimizers, *fresh)]
-    assert all(map(torch.equal, sum(momenta[:2], []), sum(momenta[2:], [])))
+    for old, new in zip(optimizers, fresh, strict=True):
+        for parameter in old.param_groups[0]["params"]:
+            momenta = [optimizer.state[parameter]["momentum_buffer"] for optimizer in (old, new)]
+            assert torch.equal(*momenta)
 
 
 def test_a_loop_without_a_scheduler_does_not_take_a_checkpoint_that_has_one():

@@ -26,7 +26,10 @@ def test_all_generators_are_put_back():
 
 
 def test_its_state_can_be_stored():
-    assert {spec.fqn for spec in flatten_state({"rng": RngState()}, 0).specs.tensors} >= {"rng.torch", "rng.numpy.key"}
+    assert {spec.fqn for spec in flatten_state({"rng": RngState()}, 0).specs.tensors} >= {
+        "rng.torch",
+        "rng.numpy.key",
+    }
 
 
 def test_one_seed_seeds_all_of_them():

@@ -109,23 +109,6 @@ async def read_part(backend: StorageBackend, manifest: Manifest, rank: int) -> P
     return part
 
 
-async def newest(backend: StorageBackend, name: str) -> Commit | None:
-    """Reads the greatest commit that is not void; None where there is none.
-
-    Raises:
-        CorruptCheckpoint: that commit, or one above it that may be void, cannot be read.
-    """
-
-    async def choose(keys: Sequence[CommitKey]) -> Commit | None:
-        for key in reversed(keys):
-            commit = await read_commit(backend, name, key)
-            if not commit.void:
-                return commit
-        return None
-
-    return await _look(backend, name, choose)
-
-
 async def newest_key(backend: StorageBackend, name: str) -> CommitKey | None:
     """Returns the key of the greatest commit that is not void; one that cannot be read counts as not void.
 

@@ -87,7 +87,7 @@ async def _read_shards(
             damage += await read_entries(backend, manifest.name, part, dict.fromkeys(needed))
             continue
         buffers = {i: torch.empty(part.tensors[i].nbytes, dtype=torch.uint8) for i in needed}
-        views = {i: memoryview(buffer.numpy()) for i, buffer in buffers.items()}
+        views = {i: buffer.numpy().data for i, buffer in buffers.items()}
         damage += await read_entries(backend, manifest.name, part, views)
         shards.update({(rank, i): buffer for i, buffer in buffers.items()})
     if damage:

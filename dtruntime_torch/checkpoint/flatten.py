@@ -24,8 +24,8 @@ from dtruntime_torch.checkpoint.local_shard import (
 from dtruntime_torch.checkpoint.objects import Json
 from dtruntime_torch.checkpoint.specs import FlatSpecs, ObjectSpec, Path, TensorSpec
 from dtruntime_torch.checkpoint.stateful import Leaf, Survey
-from dtruntime_torch.checkpoint.traverse import Node, PerRank, is_ndarray
-from dtruntime_torch.errors import InvalidArgument, UnsupportedType
+from dtruntime_torch.checkpoint.traverse import Node, PerRank, is_ndarray, name_clash
+from dtruntime_torch.errors import UnsupportedType
 
 __all__ = ["FlatState", "PerRank", "flatten_state"]
 
@@ -102,10 +102,7 @@ class _Collector:
     def add(self, leaf: Leaf) -> None:
         node = leaf.node
         if node.fqn in self._paths:
-            raise InvalidArgument(
-                f"two leaves of the state are called {node.fqn!r}: {_show(self._paths[node.fqn])} and "
-                f"{_show(node.path)}; rename one of them"
-            )
+            raise name_clash(node.fqn, self._paths[node.fqn], node.path)
         index = len(self._paths)
         self._paths[node.fqn] = node.path
         if isinstance(node.value, torch.Tensor):
@@ -170,10 +167,6 @@ class _Collector:
 def tensor_of(data: bytes) -> torch.Tensor:
     """The bytes as uint8; a copy, since a tensor cannot share memory that must not change."""
     return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-
-
-def _show(path: Path) -> str:
-    return "".join(f"[{step.key!r}]" for step in path)
 
 
 def _as_plain(value: object, inside: tuple[int, ...] = ()) -> object:

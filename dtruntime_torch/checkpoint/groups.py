@@ -127,7 +127,7 @@ def _alone(barrier: Barrier, key: str, busy_key: str) -> DTRuntimeError | None:
 def _group(signatures: Sequence[bytes]) -> bytes:
     members: dict[str, list[int]] = {}
     for rank, own in enumerate(signatures):
-        members.setdefault(own.decode("ascii"), []).append(rank)
+        members.setdefault(own.decode("ascii", "replace"), []).append(rank)
     return strict_json.dump({"groups": [[own, list(ranks)] for own, ranks in members.items()]})
 
 

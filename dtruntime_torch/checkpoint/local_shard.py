@@ -138,16 +138,17 @@ def check_plain(tensor: torch.Tensor, where: str) -> None:
             f"{where}: a tensor of layout {tensor.layout} cannot be stored; store tensor.to_dense(), or its "
             f"indices and values"
         )
+    if type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__:
+        return
     if _is_sharded_tensor(tensor):
         raise UnsupportedType(
             f"{where}: FSDP1's ShardedTensor cannot be stored; shard the model with "
             f"torch.distributed.fsdp.fully_shard (FSDP2) instead"
         )
-    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-        raise UnsupportedType(
-            f"{where}: a {type(tensor).__qualname__} is a wrapper around other tensors and cannot be stored as "
-            f"one; store those"
-        )
+    raise UnsupportedType(
+        f"{where}: a {type(tensor).__qualname__} is a wrapper around other tensors and cannot be stored as one; "
+        f"store those"
+    )
 
 
 def _is_sharded_tensor(tensor: torch.Tensor) -> bool:

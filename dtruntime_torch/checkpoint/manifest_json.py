@@ -131,5 +131,6 @@ def _parent_from(fields: Fields) -> CommitKey | None:
 
 
 def _versions_from(fields: Fields) -> dict[str, str]:
-    versions = Fields(fields.json("versions"), "versions")
-    return {software: versions.string(software) for software in fields.object("versions")}
+    names = fields.object("versions")
+    versions = Fields(names, "the versions")
+    return {software: versions.string(software) for software in names}

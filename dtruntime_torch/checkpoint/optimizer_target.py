@@ -146,17 +146,17 @@ class _StateTarget:
 
     def _placer(self) -> Callable[[SavedTensor, torch.Tensor], torch.Tensor]:
         """Gives the function that puts data where it belongs, no two into the same memory."""
-        taken = {_address(parameter) for parameter in self._parameters.values()}
+        taken: set[int] = set().union(*map(_addresses, self._parameters.values()))
 
         def place(leaf: SavedTensor, data: torch.Tensor) -> torch.Tensor:
             like, device = self.like(leaf), self._device(leaf)
             if like is None or like.device != device:
                 return data.to(device, copy=True)
-            if like.dtype == data.dtype and _address(like) not in taken:
+            if like.dtype == data.dtype and taken.isdisjoint(_addresses(like)):
                 new = like
             else:
                 new = torch.empty_like(like, dtype=data.dtype, requires_grad=False)
-            taken.add(_address(new))
+            taken.update(_addresses(new))
             fill_tensor(new, data)
             return new
 
@@ -185,8 +185,10 @@ def _is_step(leaf: SavedTensor) -> bool:
     return leaf.path[-1].key == "step" and not leaf.global_shape
 
 
-def _address(tensor: torch.Tensor) -> int:
-    return local_part(tensor).data_ptr()
+def _addresses(tensor: torch.Tensor) -> set[int]:
+    """Where a tensor's data begins; nowhere if there is none."""
+    local = local_part(tensor)
+    return {local.data_ptr()} if local.numel() else set()
 
 
 def _at(value: Any, path: Path) -> Any:

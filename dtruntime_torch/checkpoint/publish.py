@@ -178,9 +178,7 @@ class Publisher:
         # Not longer than the others wait for the answer.
         patience = commit.Patience(seconds=min(60.0, self._members.barrier.timeout))
         outcome = run_sync(commit.commit(self._backend, manifest, patience))
-        return _outcome(
-            outcome.kind, outcome.message, CheckpointInfo.of(manifest, outcome.manifest_sha256)
-        )
+        return _outcome(outcome.kind, outcome.message, CheckpointInfo.of(manifest, outcome.manifest_sha256))
 
     def _conclude(self, attempt: Attempt, answer: dict[str, Json]) -> CheckpointInfo:
         kind, message = answer["kind"], str(answer["message"])

@@ -76,9 +76,7 @@ def load(
     rejected: dict[CommitKey, list[Damage]] = {}
     for attempt in range(MAX_ROUNDS):
         prefix = f"{key}/{attempt}"
-        picked = json.loads(
-            barrier.announce(f"{prefix}/pick", lambda: _pick(backend, name, step, rejected))
-        )
+        picked = json.loads(barrier.announce(f"{prefix}/pick", lambda: _pick(backend, name, step, rejected)))
         commit, newest = Commit(**picked["commit"]), CommitKey(*picked["newest"])
         mine = _attempt(backend, commit, members.rank, state)
         answer = barrier.meet(
@@ -164,7 +162,9 @@ def _attempt(backend: StorageBackend, commit: Commit, rank: int, state: object) 
 def _judge(backend: StorageBackend, name: str, commit: Commit, values: Sequence[bytes]) -> bytes:
     """Decides for all ranks, once all have reported; on the leader."""
     reports = [json.loads(value) for value in values]
-    failed = [f"rank {r}: {report['message']}" for r, report in enumerate(reports) if report["kind"] == "failed"]
+    failed = [
+        f"rank {r}: {report['message']}" for r, report in enumerate(reports) if report["kind"] == "failed"
+    ]
     damaged = [report for report in reports if report["kind"] == "damaged"]
     if failed:
         return _verdict("failed", f"step {commit.step} of {name} could not be loaded: {'; '.join(failed)}")

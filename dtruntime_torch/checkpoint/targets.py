@@ -15,7 +15,7 @@ from dtruntime_torch.checkpoint.module_target import module_request, tensor_requ
 from dtruntime_torch.checkpoint.nest import build_state, leaves_of
 from dtruntime_torch.checkpoint.optimizer_target import optimizer_request
 from dtruntime_torch.checkpoint.stateful import Survey
-from dtruntime_torch.checkpoint.traverse import Node, is_stateful, nodes_below
+from dtruntime_torch.checkpoint.traverse import Node, is_stateful, name_clash, nodes_below
 from dtruntime_torch.checkpoint.wanted import (
     Below,
     Loaded,
@@ -56,7 +56,10 @@ class Targets:
 
     def __init__(self, survey: Survey) -> None:
         self._survey = survey
-        self._nodes = {node.fqn: node for node in survey.nodes}
+        self._nodes: dict[str, Node] = {}
+        for node in survey.nodes:
+            if self._nodes.setdefault(node.fqn, node) is not node:
+                raise name_clash(node.fqn, self._nodes[node.fqn].path, node.path)
         self._requests: list[tuple[Node, Request]] = []
 
     def want(self, saved: SavedState) -> Wanted:

@@ -112,6 +112,14 @@ def nodes_below(node: Node, state: object) -> Iterator[Node]:
     yield from _walk(Node(node.path, node.fqn, state, node.per_rank, cannot_replace), frozenset())
 
 
+def name_clash(fqn: str, first: Path, second: Path) -> InvalidArgument:
+    """The error for two places of a state that have one name."""
+    places = [f"[{']['.join(repr(step.key) for step in path)}]" for path in (first, second)]
+    return InvalidArgument(
+        f"two leaves of the state are called {fqn!r}: {places[0]} and {places[1]}; rename one of them"
+    )
+
+
 def join_names(prefix: str, name: str) -> str:
     """The name of what lies under `name` below `prefix`."""
     return f"{prefix}.{name}"
@@ -131,7 +139,9 @@ def is_ndarray(value: object) -> bool:
 
 def _walk(node: Node, inside: frozenset[int]) -> Iterator[Node]:
     value = node.value
-    if isinstance(value, PerRank):
+    if isinstance(value, torch.Tensor):
+        yield node
+    elif isinstance(value, PerRank):
         inner = Node(node.path, node.fqn, value.value, True, lambda new: setattr(value, "value", new))
         yield from _walk(inner, _deeper(node, inside))
     elif is_stateful(value) or not _is_entered(value):

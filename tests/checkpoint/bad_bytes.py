@@ -123,6 +123,7 @@ BAD_JSON = [
     changed("json-type", "manifest", "the parent", "parent", [1]),
     changed("json-type", "manifest", "the parent", "parent", [1, True]),
     changed("json-type", "manifest", "'torch'", "versions", "torch", 2),
+    changed("json-type", "manifest", "'versions'", "versions", ["torch"]),
     changed("json-type", "part", "'shape'", "tensors", 0, "shape", [2, "5"]),
     changed("json-type", "part", "an extent", "tensors", 0, "extents", [[0, 128]]),
     changed("json-type", "part", "an extent", "tensors", 0, "extents", [[0, -1, 40]]),

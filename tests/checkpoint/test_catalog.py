@@ -117,7 +117,6 @@ def test_generations_are_listed_in_ascending_order_as_integers(shelf):
 def test_nothing_is_listed_where_nothing_is(shelf):
     assert run_sync(catalog.commit_keys(shelf.backend, "model")) == []
     assert run_sync(catalog.generations(shelf.backend, "model")) == []
-    assert run_sync(catalog.newest(shelf.backend, "model")) is None
     assert run_sync(catalog.newest_key(shelf.backend, "model")) is None
 
 
@@ -251,17 +250,14 @@ def test_a_delta_whose_uses_are_protected_is_read(shelf):
 
 def test_the_newest_is_the_greatest_that_is_not_void(shelf):
     shelf.put_commit(6, 900)
-    expected = shelf.put_commit(7, 50)
+    shelf.put_commit(7, 50)
     shelf.put_commit(7, 100, void=True)
-    assert run_sync(catalog.newest(shelf.backend, "model")) == expected
     assert run_sync(catalog.newest_key(shelf.backend, "model")) == (7, 50)
 
 
-def test_a_newest_that_cannot_be_read_is_an_error_and_keeps_its_place_in_the_order(shelf):
+def test_a_newest_that_cannot_be_read_keeps_its_place_in_the_order(shelf):
     shelf.put_commit(6, 900)
     shelf.write(COMMIT, b"{}")
-    with pytest.raises(CorruptCheckpoint, match="0007-00000100"):
-        run_sync(catalog.newest(shelf.backend, "model"))
     assert run_sync(catalog.newest_key(shelf.backend, "model")) == KEY
 
 
@@ -279,9 +275,7 @@ def test_a_commit_that_vanishes_between_listing_and_reading_is_looked_for_again(
         return listed
 
     shelf.backend.list = list_and_prune
-    newest = run_sync(catalog.newest(shelf.backend, "model"))
-    assert newest is not None
-    assert newest.step == 200
+    assert run_sync(catalog.newest_key(shelf.backend, "model")) == (7, 200)
 
 
 def test_a_listing_that_never_agrees_with_the_files_ends(shelf):
@@ -292,7 +286,7 @@ def test_a_listing_that_never_agrees_with_the_files_ends(shelf):
 
     shelf.backend.read = lose
     with pytest.raises(NotFound):
-        run_sync(catalog.newest(shelf.backend, "model"))
+        run_sync(catalog.newest_key(shelf.backend, "model"))
 
 
 def pick(shelf: Shelf, step: int | None = None, rejected: set[CommitKey] = frozenset()):  # type: ignore[assignment]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,16 +13,22 @@ from hypothesis import strategies as st
 
 from dtruntime_torch.checkpoint import read_requests
 from dtruntime_torch.checkpoint.chunk_reader import check_part, read_entries
-from dtruntime_torch.checkpoint.records import FileRef, Part, TensorEntry
 from dtruntime_torch.checkpoint.specs import Extent
 from dtruntime_torch.errors import Damage, StorageError
 from dtruntime_torch.storage import LocalBackend, MemoryBackend, run_sync
 from dtruntime_torch.storage.backend import StorageBackend
 from dtruntime_torch.testing.faulty_backend import FaultyBackend, hidden, not_done, truncated
-from tests.checkpoint.plan_builders import part_of, stored
-
-CHUNK = 8
-HEADER = 64
+from tests.checkpoint.scattered_tensors import (
+    CHUNK,
+    HEADER,
+    Place,
+    Stored,
+    deltas,
+    file_path,
+    full,
+    make,
+    pattern,
+)
 
 
 class LoggingBackend(MemoryBackend):
@@ -40,88 +45,11 @@ class LoggingBackend(MemoryBackend):
         self.under_way += 1
         self.most_under_way = max(self.most_under_way, self.under_way)
         try:
+            for _ in range(10):  # lets others begin
+                await asyncio.sleep(0)
             return await super().read_range(path, offset, length)
         finally:
             self.under_way -= 1
-
-
-@dataclass
-class Stored:
-    """Tensors on storage: what they hold, where, and the part that says so."""
-
-    files: list[bytearray]
-    tensors: list[bytes]
-    part: Part
-
-    def chunks_of(self, file: int) -> Iterator[tuple[int, int, int, int]]:
-        """Tensor, offset in the file, length and start in the tensor of each chunk in a file."""
-        for number, entry in enumerate(self.part.tensors):
-            start = 0
-            for extent in entry.extents:
-                for done in range(0, extent.length, CHUNK) if extent.file == file else ():
-                    yield number, extent.offset + done, min(CHUNK, extent.length - done), start + done
-                start += extent.length
-
-    def put(self, backend: StorageBackend) -> StorageBackend:
-        for ref, data in zip(self.part.files, self.files, strict=True):
-            run_sync(backend.write(f"model/{ref.path}", bytes(data)))
-        return backend
-
-
-def file_path(number: int) -> str:
-    return f"step-0000000{number}/0001-1/shard-00000-of-00001.safetensors"
-
-
-def digests_of(data: bytes, chunk: int = CHUNK) -> bytes:
-    return b"".join(xxhash.xxh3_128_digest(data[at : at + chunk]) for at in range(0, len(data), chunk))
-
-
-def pattern(length: int, salt: int = 0) -> bytes:
-    return bytes((31 * n + salt) % 251 for n in range(length))
-
-
-def make(tensors: Sequence[bytes], places: Sequence[Sequence[tuple[int, int, int]]], n_files: int) -> Stored:
-    """`places`: for each tensor its extents in order, as (file, gap before it in that file, length)."""
-    files = [bytearray(pattern(HEADER, salt)) for salt in range(n_files)]
-    entries: list[TensorEntry] = []
-    for number, (data, extents) in enumerate(zip(tensors, places, strict=True)):
-        placed, start = [], 0
-        for file, gap, length in extents:
-            files[file] += bytes(gap)
-            placed.append(Extent(file, len(files[file]), length))
-            files[file] += data[start : start + length]
-            start += length
-        entry = stored(f"t{number}", (len(data),), dtype="uint8", digests=digests_of(data))
-        entries.append(replace(entry, extents=tuple(placed)))
-    refs = tuple(
-        FileRef(file_path(number), len(data), HEADER, xxhash.xxh3_128_digest(bytes(data[:HEADER])))
-        for number, data in enumerate(files)
-    )
-    return Stored(files, list(tensors), replace(part_of(0, *entries, chunk_bytes=CHUNK), files=refs))
-
-
-def full(*lengths: int) -> Stored:
-    """One file, one extent a tensor, nothing between: what a full save writes."""
-    tensors = [pattern(length, salt=number) for number, length in enumerate(lengths)]
-    return make(tensors, [[(0, 0, len(data))] if data else [] for data in tensors], 1)
-
-
-@st.composite
-def deltas(draw: st.DrawFn) -> Stored:
-    """Tensors whose chunks lie in several extents over two files, in any order, with gaps between."""
-    n_files = 2
-    tensors = [pattern(n, salt) for salt, n in enumerate(draw(st.lists(st.integers(0, 60), max_size=6)))]
-    cuts = [draw(st.sets(st.sampled_from(range(CHUNK, 60, CHUNK)))) for _ in tensors]
-    places = []
-    for data, cut in zip(tensors, cuts, strict=True):
-        borders = [0, *sorted(at for at in cut if at < len(data)), len(data)] if data else []
-        places.append(
-            [
-                (draw(st.integers(0, n_files - 1)), draw(st.sampled_from([0, 0, 1, 50])), end - start)
-                for start, end in itertools.pairwise(borders)
-            ]
-        )
-    return make(tensors, places, n_files)
 
 
 def read(
@@ -161,7 +89,13 @@ def test_requests_are_bounded(saved: Stored) -> None:
     assert damage == []
     assert list(buffers.values()) == saved.tensors
     assert all(length in (HEADER,) or length <= 24 for length in backend.lengths)
-    assert backend.most_under_way <= 2
+
+
+@pytest.mark.usefixtures("small_requests")
+def test_two_requests_are_under_way_at_a_time() -> None:
+    backend, saved = LoggingBackend(), full(400)
+    assert check(saved.put(backend), saved) == []
+    assert backend.most_under_way == 2
 
 
 def test_a_chunk_larger_than_a_request_is_read_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +121,7 @@ def test_ranges_far_apart_are_not_read_along() -> None:
 
 def test_files_that_hold_nothing_wanted_are_not_touched() -> None:
     backend = FaultyBackend(MemoryBackend())
-    saved = make([pattern(8), pattern(8)], [[(0, 0, 8)], [(1, 0, 8)]], 2)
+    saved = make([pattern(8), pattern(8)], [[Place(0, 0, 8)], [Place(1, 0, 8)]], 2)
     saved.put(backend)
     backend.calls.clear()
     assert read(backend, saved, [1])[0] == []
@@ -284,7 +218,7 @@ def test_an_extended_file_is_damaged_and_its_bytes_still_arrive() -> None:
 
 
 def test_a_missing_file_is_one_damage() -> None:
-    saved = make([pattern(8), pattern(8)], [[(0, 0, 8)], [(1, 0, 8)]], 2)
+    saved = make([pattern(8), pattern(8)], [[Place(0, 0, 8)], [Place(1, 0, 8)]], 2)
     backend = saved.put(MemoryBackend())
     run_sync(backend.delete(f"model/{file_path(0)}"))
     damage, buffers = read(backend, saved)
@@ -324,7 +258,9 @@ def test_a_storage_that_fails_is_no_damage(operation: str) -> None:
 
 
 def test_every_byte_is_counted_once_be_it_damaged_or_not() -> None:
-    saved = make([pattern(20), pattern(30), pattern(9)], [[(0, 0, 20)], [(1, 0, 30)], [(2, 0, 9)]], 3)
+    saved = make(
+        [pattern(20), pattern(30), pattern(9)], [[Place(0, 0, 20)], [Place(1, 0, 30)], [Place(2, 0, 9)]], 3
+    )
     saved.files[0][HEADER] ^= 1
     del saved.files[1][HEADER + 5 :]
     backend = saved.put(MemoryBackend())
@@ -352,7 +288,7 @@ def test_the_header_of_a_file_without_tensors_is_checked() -> None:
 
 def test_files_of_a_disk_are_read(tmp_path: Path) -> None:
     tensors = [pattern(3_000_000), pattern(5)]
-    saved = make(tensors, [[(0, 0, 3_000_000)], [(0, 0, 5)]], 1)
+    saved = make(tensors, [[Place(0, 0, 3_000_000)], [Place(0, 0, 5)]], 1)
     damage, buffers = read(saved.put(LocalBackend(tmp_path)), saved)
     assert damage == []
     assert [buffers[0], buffers[1]] == tensors

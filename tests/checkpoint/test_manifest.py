@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtruntime_torch.checkpoint import manifest
+from dtruntime_torch.checkpoint.records import ObjectEntry
 from dtruntime_torch.checkpoint.specs import Extent, PathKey
 from dtruntime_torch.errors import CorruptCheckpoint, InvalidArgument
 from tests.checkpoint.bad_bytes import BAD_RECORDS, SOUND, Bad
@@ -108,6 +109,7 @@ def test_an_unknown_feature_is_named_even_if_all_else_changed_its_meaning():
     ("kind", "field", "value"),
     [
         ("part", "chunk_bytes", 0),
+        ("part", "objects", (ObjectEntry("deep", (PathKey("list", 0),) * 65, 0, False, None),)),
         ("manifest", "uses", ()),
         ("manifest", "requires", ("sparse-chunks",)),
         ("manifest", "metadata", {"loss": float("nan")}),

@@ -11,6 +11,7 @@ import torch
 
 from dtruntime_torch.checkpoint import objects
 from dtruntime_torch.checkpoint.flatten import PerRank, flatten_state
+from dtruntime_torch.checkpoint.optimizer_groups import scalar_device
 from dtruntime_torch.checkpoint.targets import bind_targets
 from dtruntime_torch.errors import CorruptCheckpoint
 from tests.checkpoint.memory_checkpoint import checkpoint_of, differences, exact, load, same_bits, save
@@ -306,6 +307,15 @@ def test_comparing_changes_nothing():
     before = exact(copy.deepcopy(used["optimizer"].state_dict()))
     differences(save(state), used)
     assert exact(used["optimizer"].state_dict()) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "device"),
+    [({}, "cpu"), ({"fused": True}, "meta"), ({"capturable": True}, "meta"), ({"fused": None}, "cpu")],
+)
+def test_step_counts_lie_where_the_step_is_computed(options, device):
+    # The parameter of a GPU: a device that is not the host.
+    assert scalar_device(options, torch.empty(1, device="meta")).type == device
 
 
 def test_state_beside_that_of_parameters_comes_back():

@@ -186,4 +186,7 @@ def test_a_model_and_its_optimizer_go_on_bit_for_bit(tmp_path):
         fresh_model, fresh_optimizer = make()
         manager.load({"model": fresh_model, "optimizer": fresh_optimizer})
     train(fresh_model, fresh_optimizer, batches[3:])
-    assert all(same_bits(a, b) for a, b in zip(model.state_dict().values(), fresh_model.state_dict().values()))
+    assert all(
+        same_bits(a, b)
+        for a, b in zip(model.state_dict().values(), fresh_model.state_dict().values(), strict=True)
+    )

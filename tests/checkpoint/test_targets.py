@@ -294,3 +294,8 @@ def test_bytes_cannot_be_filled():
 def test_an_empty_state_takes_nothing():
     load(save({}), {})
     assert differences(save({"a": 1}), {}) == ["a: in the checkpoint, not in the state"]
+
+
+def test_two_places_of_one_name_are_refused():
+    with pytest.raises(InvalidArgument, match=r"'a\.b': \['a\.b'\] and \['a'\]\['b'\]"):
+        bind_targets({"a.b": 1, "a": {"b": 2}})

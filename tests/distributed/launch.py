@@ -59,7 +59,9 @@ def separately(scenario: str, folder: Path, ranks: int, *, timeout: float = 180)
         for rank in range(ranks)
     ]
     try:
-        return [(process.wait(timeout), process.stdout.read() if process.stdout else "") for process in processes]
+        return [
+            (process.wait(timeout), process.stdout.read() if process.stdout else "") for process in processes
+        ]
     finally:
         for process in processes:
             process.kill()

@@ -218,15 +218,14 @@ def only_the_own_box_is_wanted() -> None:
 
 
 def tied_shards_name_the_first() -> None:
-    model = torch.nn.ModuleDict(
-        {"embed": torch.nn.Embedding(8, 3), "head": torch.nn.Linear(3, 8, bias=False)}
-    )
-    model["head"].weight = model["embed"].weight
+    embed, head = torch.nn.Embedding(8, 3), torch.nn.Linear(3, 8, bias=False)
+    head.weight = embed.weight
+    model = torch.nn.Sequential(embed, head)
     fully_shard(model)
     specs = {spec.fqn: spec for spec in flatten_state({"m": model}, dist.get_rank()).specs.tensors}
-    assert specs["m.head.weight"].alias == "m.embed.weight"
+    assert specs["m.1.weight"].alias == "m.0.weight"
     checkpoint = gathered(flatten_state({"m": model}, dist.get_rank()))
-    assert torch.equal(checkpoint.tensors["m.head.weight"], full_tensor(model["embed"].weight))
+    assert torch.equal(checkpoint.tensors["m.1.weight"], full_tensor(embed.weight))
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:

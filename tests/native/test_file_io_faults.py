@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -34,18 +35,22 @@ static int meets_fault(int fd, size_t* count) {
   if (is("FAIL") || (is("FAIL_DIRECT") && direct)) return errno = EIO, 1;
   if (is("INTERRUPT") && second) return errno = EINTR, 1;
   if (is("SHORT_PAGES") && second && *count > 8192) *count = 8192;
-  if (is("SHORT_ODD") && second && *count > 8192 && !direct) *count = 777;
   return 0;
+}
+
+// O_DIRECT takes no odd count, so the whole is transferred and less is reported.
+static ssize_t reported(ssize_t count) {
+  return is("SHORT_ODD") && calls % 2 && count > 8192 ? 777 : count;
 }
 
 ssize_t pwrite(int fd, const void* data, size_t count, off_t offset) {
   ssize_t (*real)(int, const void*, size_t, off_t) = dlsym(RTLD_NEXT, "pwrite");
-  return meets_fault(fd, &count) ? -1 : real(fd, data, count, offset);
+  return meets_fault(fd, &count) ? -1 : reported(real(fd, data, count, offset));
 }
 
 ssize_t pread(int fd, void* data, size_t count, off_t offset) {
   ssize_t (*real)(int, void*, size_t, off_t) = dlsym(RTLD_NEXT, "pread");
-  return meets_fault(fd, &count) ? -1 : real(fd, data, count, offset);
+  return meets_fault(fd, &count) ? -1 : reported(real(fd, data, count, offset));
 }
 
 int fsync(int fd) {
@@ -105,9 +110,13 @@ def run(shim: Path, fault: str, program: str, *arguments: object) -> str:
 
 @pytest.mark.parametrize("direct", ["direct", "cached"])
 @pytest.mark.parametrize("fault", ["NONE", "INTERRUPT", "SHORT_PAGES", "SHORT_ODD", "REFUSE_DIRECT"])
-def test_what_is_not_a_failure_is_overcome(shim, tmp_path, fault, direct):
-    for length in (DIRECT_FROM + 1, 2 * REQUEST_BYTES + PAGE_BYTES + 1):
-        run(shim, fault, ROUND_TRIP, tmp_path / str(length), length, 3, direct)
+@pytest.mark.parametrize(
+    "place", ["disk", "/dev/shm"]
+)  # where O_DIRECT must be aligned, and where it need not
+def test_what_is_not_a_failure_is_overcome(shim, tmp_path, place, fault, direct):
+    length = REQUEST_BYTES + DIRECT_FROM + PAGE_BYTES + 1
+    with tempfile.TemporaryDirectory(dir=tmp_path if place == "disk" else place) as folder:
+        run(shim, fault, ROUND_TRIP, Path(folder, "file"), length, 3, direct)
 
 
 @pytest.mark.parametrize(
