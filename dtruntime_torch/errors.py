@@ -121,6 +121,10 @@ class CorruptCheckpoint(DTRuntimeError, ValueError):
         self.damage = tuple(damage)
 
 
+class NewerFormat(DTRuntimeError, ValueError):
+    """A sound checkpoint needs what only a later version of this package knows; upgrade to read it."""
+
+
 def to_record(error: BaseException) -> dict[str, str]:
     """Describes an error so that another rank can raise the like of it.
 

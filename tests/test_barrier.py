@@ -8,6 +8,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch.distributed as dist
 
 from dtruntime_torch import barrier as barrier_module
 from dtruntime_torch.barrier import Barrier
@@ -304,6 +305,26 @@ def test_an_answer_that_cannot_be_read_is_an_error_of_ours(store, stored):
     store.set("run/pick/answer", stored)
     with pytest.raises(DTRuntimeError, match="do all ranks run one version"):
         barriers(store, 2)[1].announce("pick", lambda: b"")
+
+
+def test_a_rank_that_waits_does_not_block_others_who_have_the_same_client():
+    """A TCPStore client answers one call at a time, a wait included."""
+    store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    leader, follower = barriers(store, 2, timeout=5.0)
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(follower.meet, "save", b"1", joined)
+        store.wait(["run/save/begun"])
+        assert leader.meet("save", b"0", joined) == b"0 1"
+        assert waiting.result() == b"0 1"
+
+
+def test_ranks_meet_and_miss_each_other_on_a_file_store(tmp_path):
+    stores = [dist.FileStore(str(tmp_path / "store"), 3) for _ in range(3)]
+    ranks = [barriers(store, 3)[rank] for rank, store in enumerate(stores)]
+    assert together(ranks, lambda rank: rank.meet("save", b"%d" % rank.rank, joined)) == [b"0 1 2"] * 3
+    ranks[0].timeout = ranks[1].timeout = SHORT
+    errors = together(ranks[:2], lambda rank: rank.meet("next", b"", joined))
+    assert [(type(error), error.missing) for error in errors] == [(BarrierTimeout, (2,))] * 2
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

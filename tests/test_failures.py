@@ -18,6 +18,7 @@ from dtruntime_torch.errors import (
     CommitConflict,
     CommitUnknown,
     CorruptCheckpoint,
+    LoadFailed,
     SaveFailed,
 )
 from dtruntime_torch.storage import LocalBackend, MemoryBackend, StorageBackend, run_sync
@@ -281,3 +282,17 @@ def test_a_foreign_checkpoint_is_refused_by_names(tmp_path):
     save(LocalBackend(tmp_path), 1)
     with dt.CheckpointManager(tmp_path) as manager, pytest.raises(CheckpointMismatch, match="other"):
         manager.load({"other": torch.zeros(1)})
+
+
+def test_a_checkpoint_of_a_later_version_stops_the_load_in_place_of_an_older_one(tmp_path, monkeypatch):
+    # Going back silently to what an old version understands would lose work that is not lost.
+    with dt.CheckpointManager(tmp_path) as manager:
+        manager.save(state_of(1), 1)
+        monkeypatch.setattr("dtruntime_torch.checkpoint.manifest.VERSION", 2)
+        manager.save(state_of(2), 2)
+    monkeypatch.undo()
+    # The commit file is of version 2 too; its own version says nothing about what it names.
+    path = tmp_path / "model/commits/0001-00000002.json"
+    path.write_bytes(path.read_bytes().replace(b'"version":2', b'"version":1'))
+    with dt.CheckpointManager(tmp_path) as manager, pytest.raises(LoadFailed, match="upgrade"):
+        manager.load(state_of(0))

@@ -24,7 +24,7 @@ from dtruntime_torch.checkpoint.records import (
     PartRef,
     TensorEntry,
 )
-from dtruntime_torch.checkpoint.strict_json import Refused
+from dtruntime_torch.checkpoint.strict_json import Newer, Refused
 from dtruntime_torch.errors import InvalidArgument
 
 DIGEST_BYTES = 16
@@ -43,7 +43,7 @@ def check_features(requires: Iterable[str]) -> None:
     """Refuses a feature that this version does not know; ask before anything else of a manifest is read."""
     unknown = sorted(set(requires) - FEATURES)
     if unknown:
-        raise Refused(
+        raise Newer(
             f"it needs features that this version lacks ({', '.join(unknown)}); upgrade dtruntime_torch"
         )
 
@@ -169,7 +169,7 @@ def _check_file(file: FileRef, part: Part) -> None:
 def _check_tensor(tensor: TensorEntry, part: Part) -> None:
     fqn = tensor.fqn
     if not is_known(tensor.dtype):
-        raise Refused(f"{fqn!r} has an unknown dtype {tensor.dtype!r}; upgrade dtruntime_torch")
+        raise Newer(f"{fqn!r} has an unknown dtype {tensor.dtype!r}; upgrade dtruntime_torch")
     nameable = is_text(tensor.name) and tensor.name != "__metadata__"
     _require(nameable, f"{tensor.name!r} cannot name a tensor in a safetensors file")
     _require(tensor.alias != fqn, f"{fqn!r} is tied to itself")

@@ -21,8 +21,8 @@ from dtruntime_torch.checkpoint.records import (
     PartRef,
     TensorEntry,
 )
-from dtruntime_torch.checkpoint.strict_json import Fields, Refused
-from dtruntime_torch.errors import CorruptCheckpoint, Damage, InvalidArgument
+from dtruntime_torch.checkpoint.strict_json import Fields, Newer, Refused
+from dtruntime_torch.errors import CorruptCheckpoint, Damage, InvalidArgument, NewerFormat
 
 __all__ = [
     "Commit",
@@ -45,6 +45,9 @@ __all__ = [
 
 VERSION = 1
 
+# Whoever decodes these has compared their SHA-256 before: what is unknown in them is no damage.
+HASHED = ("manifest", "part")
+
 R = TypeVar("R")
 
 
@@ -65,7 +68,8 @@ def decode_part(data: bytes, source: str) -> Part:
         source: path of the file, for the error.
 
     Raises:
-        CorruptCheckpoint: it is no part, contradicts itself, or is of a newer version.
+        CorruptCheckpoint: it is no part, or contradicts itself.
+        NewerFormat: it is of a newer version, or has a dtype that this version does not know.
     """
     return _decode("part", data, source, part_json.part_from, checks.check_part)
 
@@ -87,8 +91,8 @@ def decode_manifest(data: bytes, source: str) -> Manifest:
         source: path of the file, for the error.
 
     Raises:
-        CorruptCheckpoint: it is no manifest, contradicts itself, is of a newer version, or requires a feature that
-            this version does not know.
+        CorruptCheckpoint: it is no manifest, or contradicts itself.
+        NewerFormat: it is of a newer version, or requires a feature that this version does not know.
     """
     return _decode("manifest", data, source, manifest_json.manifest_from, checks.check_manifest)
 
@@ -160,9 +164,17 @@ def _decode(
         record = read(fields)
         check(record)
         return record
+    except Newer as error:
+        if kind in HASHED:
+            raise NewerFormat(f"{source} is sound, but {error}") from error
+        raise _corrupt(kind, data, source, error) from error
     except (Refused, CorruptCheckpoint) as error:
-        damage = Damage(source, None, 0, len(data), f"a valid {kind}", str(error))
-        raise CorruptCheckpoint(f"{source} is no valid {kind}: {error}", [damage]) from error
+        raise _corrupt(kind, data, source, error) from error
+
+
+def _corrupt(kind: str, data: bytes, source: str, error: Exception) -> CorruptCheckpoint:
+    damage = Damage(source, None, 0, len(data), f"a valid {kind}", str(error))
+    return CorruptCheckpoint(f"{source} is no valid {kind}: {error}", [damage])
 
 
 def _check_version(fields: Fields, kind: str) -> None:
@@ -170,4 +182,4 @@ def _check_version(fields: Fields, kind: str) -> None:
     if found != f"dtruntime.{kind}":
         raise Refused(f"its format is {found[:60]!r}, not 'dtruntime.{kind}'")
     if fields.integer("version") != VERSION:
-        raise Refused(f"its version is {fields.integer('version')}, not {VERSION}; upgrade dtruntime_torch")
+        raise Newer(f"its version is {fields.integer('version')}, not {VERSION}; upgrade dtruntime_torch")

@@ -18,6 +18,10 @@ class Refused(ValueError):
     """Why something is no record of ours; whoever knows the file's name makes the error of it."""
 
 
+class Newer(Refused):
+    """The file says that it needs a later version of this package."""
+
+
 def dump(value: Mapping[str, Json]) -> bytes:
     """Encodes canonically.
 

@@ -21,7 +21,7 @@ from datetime import datetime, tzinfo
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
@@ -36,9 +36,9 @@ from dtruntime_torch.storage.backend import Data, Entry
 from tests.checkpoint.commits import NAME, data_path, manifest_of, manifest_path, run_id, void
 
 T = TypeVar("T")
-Answer = object  # bytes, None, the paths of a listing, or the class of what was raised
+Answer = Any  # bytes, None, the paths of a listing, or the class of what was raised
 Files = frozenset[tuple[str, bytes]]
-Told = list[tuple[str, object]]
+Told = list[tuple[str, Any]]
 
 MAX_STATES = 200_000
 
@@ -70,7 +70,7 @@ class Answered:
     async def create(self, path: str, data: Data) -> None:
         self._answer(Call("create", path, bytes(data)))
 
-    async def read(self, path: str) -> object:
+    async def read(self, path: str) -> bytes:
         return self._answer(Call("read", path))
 
     async def list(self, prefix: str, delimiter: str | None = None) -> list[Entry]:
@@ -79,7 +79,7 @@ class Answered:
     async def delete(self, path: str) -> None:
         self._answer(Call("delete", path))
 
-    def _answer(self, call: Call) -> object:
+    def _answer(self, call: Call) -> Answer:
         answer = next(self._answers, call)
         if answer is call:
             raise Unanswered(call)
@@ -109,8 +109,10 @@ async def perform(backend: MemoryBackend, call: Call) -> Answer:
     if call.operation == "read":
         return bytes(await backend.read(call.path))
     if call.operation == "delete":
-        return await backend.delete(call.path)
-    return await getattr(backend, call.operation)(call.path, call.data)
+        await backend.delete(call.path)
+    else:
+        await getattr(backend, call.operation)(call.path, call.data)
+    return None
 
 
 def at_once(coroutine: Coroutine[object, object, T]) -> T:
@@ -156,8 +158,8 @@ class NoTime(datetime):
     """It is always the same time: a process that is run again says what it said before."""
 
     @classmethod
-    def now(cls, tz: tzinfo | None = None) -> datetime:
-        return datetime(2026, 1, 2, tzinfo=tz)
+    def now(cls, tz: tzinfo | None = None) -> NoTime:
+        return cls(2026, 1, 2, tzinfo=tz)
 
 
 @pytest.fixture(autouse=True)
@@ -369,6 +371,6 @@ def without(rule: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return copy
 
 
-@pytest.mark.parametrize(("rule", "broken"), zip(RULES, ["I3", "I3", "I4", "I1"], strict=True))
+@pytest.mark.parametrize(("rule", "broken"), list(zip(RULES, ["I3", "I3", "I4", "I1"], strict=True)))
 def test_without_its_rules_something_is_lost(rule, broken, monkeypatch):
     assert str(Walk(without(rule, monkeypatch), ONE_THAT_SWEEPS).violation()).startswith(broken)

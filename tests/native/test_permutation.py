@@ -124,7 +124,7 @@ def test_an_unknown_version_is_refused(version):
         (10, 0, -1, 1),
         (10, -1, 1, 1),
         (10, 0, 1, -1),
-        (10, 2, (1 << 63) - 1, 3),  # 2**64 is position 0 of nothing
+        (10, 2, (1 << 63) - 1, 3),  # in 64 bits the last position wraps round to 0
         (10, 0, 1, (1 << 63) - 1),
     ],
 )
