@@ -119,7 +119,8 @@ def test_every_rank_plans_as_if_it_knew_what_each_other_holds(world: World):
 
 
 def test_names_of_any_characters_travel(store):
-    odd = flat(tensor("tab\t\ud800 é \N{GRINNING FACE}", 2, alias="\udfff"), obj('"\\\x00'))
+    two_halves = "\ud83d\ude00"  # which JSON would join to one character
+    odd = flat(tensor("tab\t é \N{GRINNING FACE}", 2, alias=f'"\\\x00{two_halves}'), obj(two_halves))
     found = learnt(store, [odd, flat()])
     assert found[1].specs[signature(odd)] == without_paths(odd)
 
@@ -197,13 +198,13 @@ def packed(**change):
     "shown",
     [
         b"no zlib",
-        packed()[:-6],
+        packed()[:-4],
         zlib.compress(b"no JSON"),
         zlib.compress(b"[]"),
         zlib.compress(b'{"tensors": []}'),
         zlib.compress(b'{"tensors": [NaN], "objects": []}'),
         zlib.compress(b"[" * 100_000),
-        zlib.compress(b" " * 2_000_000),
+        zlib.compress(b'{"tensors": [], "objects": []}' + b" " * 2_000_000),
         packed(fqn=1),
         packed(fqn={"~": "no such tag", "v": ""}),
         packed(dtype="float31"),
