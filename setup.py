@@ -37,7 +37,9 @@ def native_module() -> Extension:
     extension: Extension = cpp_extension.CppExtension(  # type: ignore[no-untyped-call]
         "dtruntime_torch._C",
         sources=sorted(glob("csrc/core/*.cpp") + glob("csrc/bindings/*.cpp")),
-        depends=sorted(glob("csrc/*/*.h")),  # ninja finds headers by itself; an sdist has those that are named
+        depends=sorted(
+            glob("csrc/*/*.h")
+        ),  # ninja finds headers by itself; an sdist has those that are named
         extra_compile_args={"cxx": flags},
     )
     # CppExtension adds torch's libraries. None of their symbols is used, and without them `_C` loads without

@@ -121,6 +121,18 @@ def test_a_part_that_cannot_be_written_is_deleted_and_the_next_save_works(patter
     assert load_newest(inner) == 1
 
 
+def test_a_full_disk_is_said_so_left_clean_and_saved_to_again(mount):
+    disk = mount("size=4m")
+    with dt.CheckpointManager(disk / "checkpoints") as manager:
+        manager.save(state_of(1), 1)
+        before = sorted(disk.rglob("*"))
+        with pytest.raises(SaveFailed, match="The disk is full"):
+            manager.save({"large": torch.zeros(1 << 21)}, 2)
+        assert sorted(disk.rglob("*")) == before
+        manager.save(state_of(2), 2)
+    assert load_newest(LocalBackend(disk / "checkpoints")) == 2
+
+
 def test_a_failed_delete_is_finished_by_the_next_save():
     inner = MemoryBackend()
     backend = FaultyBackend(inner)

@@ -93,7 +93,7 @@ class Publisher:
         barrier = self._members.barrier
         opened = barrier.announce(f"{snapshot.key}/attempt", lambda: self._open(snapshot.step))
         attempt = Attempt(**json.loads(opened))
-        arrival = self._write(snapshot, attempt)
+        arrival, failure = self._write(snapshot, attempt)
         began = time.perf_counter()
         try:
             answer = barrier.meet(
@@ -106,7 +106,7 @@ class Publisher:
                 self._lineage.last_step = snapshot.step
             raise
         snapshot.metrics.commit_seconds = time.perf_counter() - began
-        return self._conclude(attempt, json.loads(answer))
+        return self._conclude(attempt, json.loads(answer), failure)
 
     def _open(self, step: int) -> bytes:
         """Names the attempt; on the leader."""
@@ -120,8 +120,8 @@ class Publisher:
         self._last_attempt = Attempt(generation, step, number)
         return json.dumps(asdict(self._last_attempt)).encode()
 
-    def _write(self, snapshot: Snapshot, attempt: Attempt) -> bytes:
-        """Makes this rank's part durable; returns what to say on arrival, of a failure too."""
+    def _write(self, snapshot: Snapshot, attempt: Attempt) -> tuple[bytes, Exception | None]:
+        """Makes this rank's part durable; returns what to say on arrival, and why it failed if it did."""
         began = time.perf_counter()
         try:
             if attempt.step != snapshot.step:
@@ -140,12 +140,11 @@ class Publisher:
                 )
             )
         except Exception as error:
-            logger.error("the part of step %d could not be written: %s", snapshot.step, error)
-            return failed_arrival(error)
+            return failed_arrival(error), error
         snapshot.metrics.writing_seconds = time.perf_counter() - began
         snapshot.metrics.written_bytes = snapshot.layout.length
         nbytes = sum(slot.nbytes for slot in snapshot.layout.slots)
-        return json.dumps({"part": asdict(part), "nbytes": nbytes}).encode()
+        return json.dumps({"part": asdict(part), "nbytes": nbytes}).encode(), None
 
     def _decide(self, snapshot: Snapshot, attempt: Attempt, values: Sequence[bytes]) -> bytes:
         """Commits if every rank made its part durable; on the leader, once all have arrived."""
@@ -180,11 +179,13 @@ class Publisher:
         outcome = run_sync(commit.commit(self._backend, manifest, patience))
         return _outcome(outcome.kind, outcome.message, CheckpointInfo.of(manifest, outcome.manifest_sha256))
 
-    def _conclude(self, attempt: Attempt, answer: dict[str, Json]) -> CheckpointInfo:
+    def _conclude(
+        self, attempt: Attempt, answer: dict[str, Json], failure: Exception | None
+    ) -> CheckpointInfo:
         kind, message = answer["kind"], str(answer["message"])
         if kind == "aborted":
             self._give_back(attempt)
-            raise SaveFailed(message)
+            raise SaveFailed(message) from failure
         self._lineage.last_step = attempt.step
         if kind == "lost":
             raise CommitConflict(message)

@@ -1,32 +1,5 @@
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Callable, Iterator
-from pathlib import Path
-
 import pytest
 
 pytest.register_assert_rewrite("dtruntime_torch.testing.storage_conformance")
-
-Mount = Callable[..., Path]
-
-
-@pytest.fixture
-def mount(tmp_path: Path) -> Iterator[Mount]:
-    """Mounts a tmpfs with the options given; skips where this user may not."""
-    mounted: list[Path] = []
-
-    def mount_tmpfs(options: str) -> Path:
-        place = tmp_path / f"mount-{len(mounted)}"
-        place.mkdir()
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", options, "none", str(place)], capture_output=True
-        )
-        if done.returncode != 0:
-            pytest.skip("needs the right to mount a tmpfs")
-        mounted.append(place)
-        return place
-
-    yield mount_tmpfs
-    for place in mounted:
-        subprocess.run(["umount", str(place)], check=True)
