@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 import os
 from types import TracebackType
@@ -16,9 +17,11 @@ from dtruntime_torch.checkpoint.names import MAX_INTEGER, CommitKey, check_name
 from dtruntime_torch.checkpoint.objects import Json
 from dtruntime_torch.checkpoint.save import Saver
 from dtruntime_torch.checkpoint.verify import VerifyReport, find_commit, verify
-from dtruntime_torch.errors import CorruptCheckpoint, InvalidArgument
+from dtruntime_torch.errors import CorruptCheckpoint, DTRuntimeError, InvalidArgument
 from dtruntime_torch.membership import join
 from dtruntime_torch.storage import StorageBackend, backend_for, run_sync
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointManager:
@@ -198,7 +201,13 @@ class CheckpointManager:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except DTRuntimeError as failure:
+            if error is None:
+                raise
+            # What went wrong in the body is what the user has to see.
+            logger.error("the last save failed: %s", failure)
 
     def _check_open(self) -> None:
         if self._closed:

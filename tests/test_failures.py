@@ -164,6 +164,14 @@ def test_a_failure_that_nobody_asked_for_is_raised_by_close():
         manager.close()
 
 
+def test_an_exception_in_the_body_is_not_hidden_by_a_failed_save():
+    backend = FaultyBackend(MemoryBackend())
+    backend.when("write", "*.safetensors", not_done())
+    with pytest.raises(ZeroDivisionError), dt.CheckpointManager(backend) as manager:
+        manager.save_async(state_of(1), 1)
+        raise ZeroDivisionError
+
+
 def data_file(folder: Path, step: int) -> Path:
     (found,) = folder.glob(f"model/step-{step:08d}/*/*.safetensors")
     return found
