@@ -190,6 +190,7 @@ def test_a_follower_that_declines_with_bytes_has_them_in_the_meeting(store):
     unwilling.decline("save", b"no part")
     answers = together(willing, lambda rank: rank.meet("save", b"part", joined))
     assert answers == [b"part part no part"] * 2
+    assert store.num_keys() == 0  # it has departed, so nobody waits for it
 
 
 @pytest.mark.parametrize("reason", [UnsupportedType("optimizer: a lambda"), b"no part"])

@@ -167,9 +167,14 @@ def test_a_failure_that_nobody_asked_for_is_raised_by_close():
 def test_an_exception_in_the_body_is_not_hidden_by_a_failed_save():
     backend = FaultyBackend(MemoryBackend())
     backend.when("write", "*.safetensors", not_done())
-    with pytest.raises(ZeroDivisionError), dt.CheckpointManager(backend) as manager:
-        manager.save_async(state_of(1), 1)
-        raise ZeroDivisionError
+
+    def train() -> None:
+        with dt.CheckpointManager(backend) as manager:
+            manager.save_async(state_of(1), 1)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train()
 
 
 def data_file(folder: Path, step: int) -> Path:
