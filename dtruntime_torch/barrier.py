@@ -131,8 +131,12 @@ class Barrier:
             self._client.create(f"{key}/decision", _ACT)
         self._depart(key)
 
+    def begin(self, key: str) -> None:
+        """Says that this rank is on its way to a meeting, without arriving there."""
+        self._client.create(f"{key}/begun", _SET)
+
     def has_begun(self, key: str) -> bool:
-        """Whether any rank has arrived there, as long as not all have departed."""
+        """Whether any rank is on its way there or has arrived, as long as not all have departed."""
         return self._client.exist([f"{key}/begun"])
 
     def arrivals(self, key: str) -> dict[int, bytes | DTRuntimeError]:

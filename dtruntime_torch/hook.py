@@ -92,6 +92,7 @@ class CheckpointHook:
         try:
             info = self.manager.load(self._state)
         except CheckpointNotFound:
+            self.current_step = 0
             return 0
         self.current_step = info.step
         if self._rng.loaded is None:
@@ -104,17 +105,23 @@ class CheckpointHook:
     def track(self, loader: DataLoader[Batch] | Iterable[Batch]) -> Generator[Batch, None, None]:
         """Iterates over the loader and counts, in the sampler, each batch that it hands out.
 
-        Making a DataLoader's iterator draws from torch's generator; after a restore the generators are put back
-        once more behind that, so that the run goes on as if it had not been interrupted.
+        Making a DataLoader's iterator draws from torch's generator. After a restore in the middle of an epoch the
+        generators are put back once more behind that, so that the run goes on as if it had not been interrupted.
 
         Raises:
             InvalidArgument: the loader does not draw from the hook's sampler.
         """
+        if self.sampler is not None and self.sampler.state_dict()["consumed"] == 0:
+            # The run that was saved had not made this epoch's iterator yet, so making it belongs to what follows.
+            self._put_rng_back()
         batches = iter(loader) if self.sampler is None else self.sampler.track(loader)
+        self._put_rng_back()
+        yield from batches
+
+    def _put_rng_back(self) -> None:
         if self._rng_to_put_back is not None:
             self._rng.load_state_dict(self._rng_to_put_back)
             self._rng_to_put_back = None
-        yield from batches
 
     def step(self) -> None:
         """Notes that an optimizer step is done, with all that belongs to it, and saves when it is time.

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-import operator
 import os
 from types import TracebackType
 
 from torch.distributed.distributed_c10d import ProcessGroup, Store
 
-from dtruntime_torch.checkpoint import catalog, restore, strict_json
+from dtruntime_torch.checkpoint import catalog, restore
+from dtruntime_torch.checkpoint.arguments import check_step
 from dtruntime_torch.checkpoint.handle import SaveHandle
 from dtruntime_torch.checkpoint.info import CheckpointInfo
 from dtruntime_torch.checkpoint.lineage import Lineage
-from dtruntime_torch.checkpoint.names import MAX_INTEGER, CommitKey, check_name
+from dtruntime_torch.checkpoint.names import CommitKey, check_name
 from dtruntime_torch.checkpoint.objects import Json
 from dtruntime_torch.checkpoint.save import Saver
 from dtruntime_torch.checkpoint.verify import VerifyReport, find_commit, verify
@@ -72,6 +72,7 @@ class CheckpointManager:
         self._saver = Saver(self._backend, name, self._members, self._lineage, chunk_bytes)
         self._loads = 0
         self._closed = False
+        self._process = os.getpid()
 
     @property
     def rank(self) -> int:
@@ -118,7 +119,7 @@ class CheckpointManager:
             BarrierTimeout: ranks did not take part, before the first save of a structure.
         """
         self._check_open()
-        return self._saver.start(state, _check_step(step), _check_metadata(metadata))
+        return self._saver.start(state, step, metadata)
 
     def load(self, state: object, step: int | None = None) -> CheckpointInfo:
         """Fills `state` in place from the newest sound checkpoint; on all ranks the same one, or none.
@@ -139,9 +140,8 @@ class CheckpointManager:
         self._check_open()
         if isinstance(state, bytes):
             raise InvalidArgument("bytes cannot be filled in place; use load_checkpoint")
-        step = None if step is None else _check_step(step)
-        self._saver.wait()
         self._loads += 1
+        self._saver.wait()
         loaded = restore.load(self._backend, self.name, self._members, state, step, f"load/{self._loads}")
         self._lineage.follow(loaded.info.key, loaded.newest)
         return loaded.info
@@ -162,7 +162,7 @@ class CheckpointManager:
         """
         name = self.name if name is None else name
         check_name(name)
-        step = None if step is None else _check_step(step)
+        step = None if step is None else check_step(step)
         return restore.load_fresh(self._backend, name, step, self._members.rank)[0]
 
     def latest(self) -> CheckpointInfo | None:
@@ -182,7 +182,7 @@ class CheckpointManager:
         Raises:
             CheckpointNotFound: there is no such checkpoint.
         """
-        step = None if step is None else _check_step(step)
+        step = None if step is None else check_step(step)
         return run_sync(_verify_step(self._backend, self.name, step))
 
     def close(self) -> None:
@@ -212,26 +212,10 @@ class CheckpointManager:
     def _check_open(self) -> None:
         if self._closed:
             raise InvalidArgument("this manager is closed; make another one")
-
-
-def _check_step(step: int) -> int:
-    try:
-        number = operator.index(step)
-    except TypeError:
-        raise InvalidArgument(f"step is {step!r}; it is an integer") from None
-    if isinstance(step, bool) or not 0 <= number <= MAX_INTEGER:
-        raise InvalidArgument(f"step is {step!r}; it is an integer from 0 to {MAX_INTEGER}")
-    return number
-
-
-def _check_metadata(metadata: Json) -> Json:
-    try:
-        kept = strict_json.parse(strict_json.dump({"metadata": metadata})).json("metadata")
-    except (TypeError, ValueError) as error:
-        raise InvalidArgument(f"metadata cannot be kept as JSON: {error}") from error
-    if kept != metadata:
-        raise InvalidArgument("metadata would not come back from JSON as it is; use str keys and lists")
-    return metadata
+        if os.getpid() != self._process:
+            raise InvalidArgument(
+                "this manager belongs to the process that forked this one; make another one here"
+            )
 
 
 async def _describe_all(backend: StorageBackend, name: str) -> list[CheckpointInfo]:

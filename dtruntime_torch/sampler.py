@@ -142,10 +142,21 @@ class ElasticDistributedSampler(DistributedSampler[int]):
             shuffle=bool(self.shuffle),
         )
 
+    def check_state_dict(self, state: Mapping[str, object]) -> None:
+        """Refuses what `load_state_dict` would refuse, and changes nothing.
+
+        Args:
+            state: as for `load_state_dict`.
+
+        Raises:
+            InvalidArgument: as `load_state_dict` raises it.
+        """
+        _checked_position(state, self.state_dict())
+
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Goes to where `state` stood. Costs the same at any position.
 
-        After a state of an epoch's very end the sampler yields nothing until `set_epoch` names the next.
+        After a state of an epoch's very end the next pass yields nothing; then `set_epoch` names the next epoch.
 
         Args:
             state: what `state_dict` returned, under any world size.
@@ -183,7 +194,9 @@ class ElasticDistributedSampler(DistributedSampler[int]):
         return self._counted(iter(loader), batching, self._turn)
 
     def _counted(self, batches: Iterator[Batch], batching: _Batching, turn: int) -> Iterator[Batch]:
+        least = batching.batch_size if batching.drop_last else 1
         left = self.remaining
+        nothing_left = left < least
         for batch in batches:
             if self._turn != turn:
                 raise InvalidArgument(
@@ -193,8 +206,11 @@ class ElasticDistributedSampler(DistributedSampler[int]):
             served = min(batching.batch_size, left)
             left -= served
             self._consumed += served * self.num_replicas
-            self._finished = left < (batching.batch_size if batching.drop_last else 1)
+            self._finished = left < least
             yield batch
+        if nothing_left and self._turn == turn:
+            # The pass that a state of the epoch's very end stands for is over: the next one starts over.
+            self._finished = True
 
     def _batching(self, loader: Iterable[object]) -> _Batching:
         """Returns how `loader` makes batches of this sampler's indices; refuses it if it does not draw from it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import subprocess
 import sys
@@ -18,11 +19,12 @@ from dtruntime_torch.errors import (
     CommitConflict,
     CommitUnknown,
     CorruptCheckpoint,
+    InvalidArgument,
     LoadFailed,
     SaveFailed,
 )
 from dtruntime_torch.storage import LocalBackend, MemoryBackend, StorageBackend, run_sync
-from dtruntime_torch.testing.faulty_backend import FaultyBackend, killed, lost_answer, not_done
+from dtruntime_torch.testing.faulty_backend import FaultyBackend, Stopped, killed, lost_answer, not_done
 
 CHUNK = 4096
 
@@ -162,6 +164,37 @@ def test_a_failure_that_nobody_asked_for_is_raised_by_close():
     manager.save_async(state_of(1), 1)
     with pytest.raises(SaveFailed):
         manager.close()
+
+
+def test_a_failure_after_an_await_was_given_up_is_still_told():
+    stopped = Stopped()
+    backend = FaultyBackend(MemoryBackend())
+    backend.when("write", "*.safetensors", stopped)
+    backend.when("write", "*.json", not_done())
+    manager = dt.CheckpointManager(backend)
+
+    async def give_up() -> None:
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(manager.save_async(state_of(1), 1), 0.05)
+
+    asyncio.run(give_up())
+    stopped.release()
+    with pytest.raises(SaveFailed):
+        manager.close()
+
+
+def test_a_manager_is_not_used_by_a_forked_child():
+    with dt.CheckpointManager(MemoryBackend()) as manager:
+        manager.save(state_of(1), 1)
+        child = multiprocessing.get_context("fork").Process(target=use_in_child, args=(manager,))
+        child.start()
+        child.join(60)
+        assert child.exitcode == 0
+
+
+def use_in_child(manager: dt.CheckpointManager) -> None:
+    with pytest.raises(InvalidArgument, match="forked"):
+        manager.save(state_of(2), 2)
 
 
 def test_an_exception_in_the_body_is_not_hidden_by_a_failed_save():

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import dtruntime_torch as dt
-from dtruntime_torch.errors import CheckpointMismatch, InvalidArgument
+from dtruntime_torch.errors import CheckpointMismatch, InvalidArgument, LoadFailed
 
 
 class Average:
@@ -158,3 +158,39 @@ def test_extra_may_not_use_the_names_of_the_hook(name):
 def test_every_n_steps_is_at_least_one(every):
     with pytest.raises(InvalidArgument, match="every_n_steps"):
         Loop(dt.MemoryBackend(), every=every)
+
+
+def test_a_sampler_of_another_dataset_is_refused_before_anything_is_changed():
+    backend = dt.MemoryBackend()
+    Loop(backend).run(2)
+    loop = Loop(backend)
+    before = loop.weights()
+    loop.sampler = dt.ElasticDistributedSampler(range(19), num_replicas=1, rank=0)
+    hook = dt.CheckpointHook(
+        loop.hook.manager,
+        model=loop.model,
+        optimizer=loop.optimizer,
+        scheduler=loop.scheduler,
+        sampler=loop.sampler,
+        extra={"average": loop.average},
+    )
+    with pytest.raises(LoadFailed, match="n is 20"):
+        hook.restore()
+    assert loop.weights() == before
+
+
+@pytest.mark.parametrize("at", ["before the first epoch", "between two epochs"])
+def test_a_save_outside_of_an_epoch_goes_on_bit_for_bit(at):
+    def draw_epoch(loop: Loop) -> list[float]:
+        return [torch.rand(()).item() for _ in loop.hook.track(loop.loader)]
+
+    backend = dt.MemoryBackend()
+    loop = Loop(backend)
+    if at == "between two epochs":
+        draw_epoch(loop)
+        loop.sampler.set_epoch(1)
+    loop.hook.save().result()
+    expected = draw_epoch(loop)
+    resumed = Loop(backend)
+    resumed.hook.restore()
+    assert draw_epoch(resumed) == expected

@@ -315,3 +315,12 @@ def test_a_loader_that_does_not_draw_from_this_sampler_is_refused_at_the_call(ca
     with pytest.raises(InvalidArgument, match=named):
         sampler.track(build(sampler))
     assert sampler.state_dict() == before
+
+
+def test_a_loop_that_resumes_at_the_very_end_starts_over_after_one_empty_pass():
+    sampler = ElasticDistributedSampler(range(8), num_replicas=1, rank=0)
+    loader = DataLoader(range(8), batch_size=4, sampler=sampler)  # type: ignore[var-annotated, arg-type]
+    sampler.load_state_dict(sampler.state_dict() | {"consumed": 8})  # type: ignore[arg-type]
+    assert list(sampler.track(loader)) == []
+    with pytest.warns(UserWarning, match="served again"):
+        assert len(list(sampler.track(loader))) == 2

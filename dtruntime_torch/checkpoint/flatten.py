@@ -190,12 +190,6 @@ def _dtype_named(name: object) -> torch.dtype:
     return dtype
 
 
-def _device_named(name: object) -> torch.device:
-    if not isinstance(name, str):
-        raise TypeError(f"{name!r} names no device")
-    return torch.device(name)
-
-
 def _size_of(sizes: object) -> torch.Size:
     if not isinstance(sizes, list):
         raise TypeError(f"{sizes!r} is no list of sizes")
@@ -212,6 +206,6 @@ objects.register_codec(torch.Size, "torch.Size", list, _size_of)
 objects.register_codec(
     torch.dtype, "torch.dtype", lambda dtype: str(dtype).removeprefix("torch."), _dtype_named
 )
-objects.register_codec(torch.device, "torch.device", str, _device_named)
+objects.register_codec(torch.device, "torch.device", str, lambda name: torch.device(str(name)))
 # MultiStepLR keeps its milestones in one.
 objects.register_codec(Counter, "collections.Counter", dict, _counter_of)

@@ -60,8 +60,15 @@ class SaveHandle:
         return self._future.result()
 
     def __await__(self) -> Generator[Any, None, CheckpointInfo]:
-        self._seen = True
-        return asyncio.wrap_future(self._future).__await__()
+        return self._outcome().__await__()
+
+    async def _outcome(self) -> CheckpointInfo:
+        ended = asyncio.wrap_future(self._future)
+        # Looked at here, so that asyncio does not log it as lost when nobody waits any more.
+        ended.add_done_callback(lambda future: future.cancelled() or future.exception())
+        # Unlike an await, this leaves the save alone when the one who waits is cancelled.
+        await asyncio.wait([ended])
+        return self.result()
 
     def done(self) -> bool:
         """Whether the save has ended, well or not."""

@@ -139,7 +139,7 @@ def check_plain(tensor: torch.Tensor, where: str) -> None:
             f"indices and values"
         )
     if type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__:
-        return
+        return _check_memory(tensor, where)
     if _is_sharded_tensor(tensor):
         raise UnsupportedType(
             f"{where}: FSDP1's ShardedTensor cannot be stored; shard the model with "
@@ -210,4 +210,18 @@ def require_member(box: Box, rank: int, where: str) -> None:
         raise InvalidArgument(
             f"{where}: by its mesh the shard lies on ranks {list(box.holders)}, but this is rank {rank} of those "
             f"that save; save with the process group whose ranks the mesh was made of"
+        )
+
+
+def _check_memory(tensor: torch.Tensor, where: str) -> None:
+    """Refuses a tensor that reaches beyond its storage, as one does whose memory was given back by `resize_`."""
+    if tensor.numel() == 0:
+        return
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + reach + 1) * tensor.element_size()
+    there = tensor.untyped_storage().nbytes()
+    if there < needed:
+        raise UnsupportedType(
+            f"{where}: the tensor needs {needed} bytes and its storage has {there}: its memory was given back "
+            f"(offloaded?); bring it back first"
         )

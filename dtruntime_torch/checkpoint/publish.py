@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -23,10 +24,17 @@ from dtruntime_torch.checkpoint.info import CheckpointInfo
 from dtruntime_torch.checkpoint.layout import Layout
 from dtruntime_torch.checkpoint.lineage import Lineage
 from dtruntime_torch.checkpoint.manifest import Manifest, PartRef
-from dtruntime_torch.checkpoint.names import Attempt
+from dtruntime_torch.checkpoint.names import Attempt, CommitKey
 from dtruntime_torch.checkpoint.objects import Json
 from dtruntime_torch.checkpoint.specs import SavePlan
-from dtruntime_torch.errors import BarrierTimeout, CommitConflict, CommitUnknown, InvalidArgument, SaveFailed
+from dtruntime_torch.errors import (
+    BarrierTimeout,
+    CommitConflict,
+    CommitUnknown,
+    InvalidArgument,
+    SaveFailed,
+    StoreUnreachable,
+)
 from dtruntime_torch.membership import Membership
 from dtruntime_torch.storage import StorageBackend, run_sync
 
@@ -48,6 +56,7 @@ class Snapshot:
         values: fqn -> encoded object, for the objects of the plan.
         metadata: the user's.
         metrics: to be filled in.
+        attempt: where it goes, if that was opened before it was taken.
     """
 
     key: str
@@ -60,6 +69,7 @@ class Snapshot:
     values: Mapping[str, Json]
     metadata: Json
     metrics: SaveMetrics
+    attempt: Attempt | None
 
 
 class Publisher:
@@ -77,8 +87,47 @@ class Publisher:
         self._name = name
         self._members = members
         self._lineage = lineage
-        self._last_attempt: Attempt | None = None
+        self._tries: Counter[CommitKey] = Counter()
         self._leftovers: list[Attempt] = []
+
+    def open(self, key: str, step: int) -> Attempt:
+        """The leader names the attempt, and all learn it.
+
+        Before the first save of a line of checkpoints this claims its generation.
+
+        Args:
+            key: the save's prefix in the Store.
+            step: the training step.
+
+        Raises:
+            CommitConflict: the line is not the newest, or somebody else has replaced this job. On all ranks.
+        """
+        barrier = self._members.barrier
+        # A rank that waits elsewhere for this one learns from it that it waits in vain.
+        barrier.begin(f"{key}/commit")
+        attempt = Attempt(**json.loads(barrier.announce(f"{key}/attempt", lambda: self._name_attempt(step))))
+        self._lineage.generation = attempt.generation
+        return attempt
+
+    def decline(self, key: str, error: BaseException) -> None:
+        """Tells the other ranks that this one takes no part in a save, so that none waits for it in vain.
+
+        Args:
+            key: the save's prefix in the Store.
+            error: why. Where this rank has arrived already, that stands.
+        """
+        rank, barrier = self._members.rank, self._members.barrier
+        refusal = SaveFailed(f"rank {rank} takes no part in this save: {errors.to_record(error)['message']}")
+        try:
+            barrier.decline(f"{key}/groups", refusal)
+            if rank == 0:
+                barrier.decline(f"{key}/attempt", refusal)
+                barrier.decline(f"{key}/commit", refusal)
+            else:
+                barrier.decline(f"{key}/commit", _failed_arrival(error))
+        except StoreUnreachable as unheard:
+            # What went wrong first is what the caller has to know.
+            logger.warning("the other ranks could not be told that this one failed: %s", unheard)
 
     def publish(self, snapshot: Snapshot) -> CheckpointInfo:
         """Writes this rank's part and waits for the commit.
@@ -90,35 +139,46 @@ class Publisher:
             CommitUnknown: storage never said whether the commit took effect; nothing is deleted.
         """
         self._clean_up()
-        barrier = self._members.barrier
-        opened = barrier.announce(f"{snapshot.key}/attempt", lambda: self._open(snapshot.step))
-        attempt = Attempt(**json.loads(opened))
-        arrival, failure = self._write(snapshot, attempt)
+        try:
+            attempt = snapshot.attempt or self.open(snapshot.key, snapshot.step)
+            arrival, failure = self._write(snapshot, attempt)
+        except BaseException as error:
+            self.decline(snapshot.key, error)
+            raise
         began = time.perf_counter()
         try:
-            answer = barrier.meet(
+            answer = self._members.barrier.meet(
                 f"{snapshot.key}/commit", arrival, lambda values: self._decide(snapshot, attempt, values)
             )
         except BarrierTimeout as error:
             if error.decided:
                 self._give_back(attempt)
-            else:
-                self._lineage.last_step = snapshot.step
+            raise
+        except SaveFailed:
+            # The leader declined, so there will be no commit.
+            self._give_back(attempt)
+            raise
+        except Exception:
+            # Nobody knows whether the leader came to the commit: this step is not tried again.
+            self._lineage.last_step = snapshot.step
             raise
         snapshot.metrics.commit_seconds = time.perf_counter() - began
         return self._conclude(attempt, json.loads(answer), failure)
 
-    def _open(self, step: int) -> bytes:
-        """Names the attempt; on the leader."""
-        generation = self._lineage.generation
-        if generation is None:
-            raise InvalidArgument("no generation is claimed; a save claims one before it is published")
-        run_sync(commit.check_not_replaced(self._backend, self._name, generation))
-        number = 1
-        if self._last_attempt is not None and self._last_attempt.key == (generation, step):
-            number = self._last_attempt.number + 1
-        self._last_attempt = Attempt(generation, step, number)
-        return json.dumps(asdict(self._last_attempt)).encode()
+    def _name_attempt(self, step: int) -> bytes:
+        """Claims a generation if there is none yet, and a folder that no other attempt has; on the leader."""
+        lineage, name = self._lineage, self._name
+        if lineage.generation is None:
+            lineage.generation = run_sync(
+                commit.claim_generation(
+                    self._backend, name, self._members.run_id, lineage.seen, lineage.loaded, step
+                )
+            )
+        else:
+            run_sync(commit.check_not_replaced(self._backend, name, lineage.generation))
+        key = CommitKey(lineage.generation, step)
+        self._tries[key] += 1
+        return json.dumps(asdict(Attempt(*key, self._tries[key]))).encode()
 
     def _write(self, snapshot: Snapshot, attempt: Attempt) -> tuple[bytes, Exception | None]:
         """Makes this rank's part durable; returns what to say on arrival, and why it failed if it did."""
@@ -140,7 +200,7 @@ class Publisher:
                 )
             )
         except Exception as error:
-            return failed_arrival(error), error
+            return _failed_arrival(error), error
         snapshot.metrics.writing_seconds = time.perf_counter() - began
         snapshot.metrics.written_bytes = snapshot.layout.length
         nbytes = sum(slot.nbytes for slot in snapshot.layout.slots)
@@ -174,8 +234,9 @@ class Publisher:
             written=sum(arrival["part"]["data_length"] for arrival in arrivals),
             parts=tuple(PartRef(**arrival["part"]) for arrival in arrivals),
         )
-        # Not longer than the others wait for the answer.
-        patience = commit.Patience(seconds=min(60.0, self._members.barrier.timeout))
+        # Altogether less than the others wait for the answer.
+        share = self._members.barrier.timeout / 4
+        patience = commit.Patience(seconds=min(60.0, share), call_seconds=min(30.0, share))
         outcome = run_sync(commit.commit(self._backend, manifest, patience))
         return _outcome(outcome.kind, outcome.message, CheckpointInfo.of(manifest, outcome.manifest_sha256))
 
@@ -210,14 +271,13 @@ class Publisher:
                         self._backend, self._name, attempt, self._members.rank, self._members.world_size
                     )
                 )
-            except errors.StorageError as error:
+            except Exception as error:
                 logger.warning("files of %s are left over, to be deleted later: %s", attempt.path, error)
                 remaining.append(attempt)
         self._leftovers = remaining
 
 
-def failed_arrival(error: BaseException) -> bytes:
-    """What a rank says on arrival when it has no part to offer."""
+def _failed_arrival(error: BaseException) -> bytes:
     return json.dumps({"error": errors.to_record(error)}).encode()
 
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dtruntime_torch import errors
+from dtruntime_torch.barrier import Barrier
 from dtruntime_torch.checkpoint import catalog
+from dtruntime_torch.checkpoint.arguments import check_step
 from dtruntime_torch.checkpoint.contents import Contents, read_contents
 from dtruntime_torch.checkpoint.info import CheckpointInfo
 from dtruntime_torch.checkpoint.load_plan import SavedState, whole_specs
@@ -26,6 +29,9 @@ from dtruntime_torch.membership import Membership
 from dtruntime_torch.storage import StorageBackend, run_sync
 
 logger = logging.getLogger(__name__)
+
+# A round is lost only to damage, or to somebody who prunes meanwhile.
+MAX_ROUNDS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,31 +78,12 @@ def load(
         CheckpointMismatch: names, shapes or dtypes differ from the state's; nothing was changed.
         LoadFailed: a rank failed for another reason.
     """
-    barrier = members.barrier
-    rejected: dict[CommitKey, list[Damage]] = {}
-    for attempt in range(MAX_ROUNDS):
-        prefix = f"{key}/{attempt}"
-        picked = json.loads(barrier.announce(f"{prefix}/pick", lambda: _pick(backend, name, step, rejected)))
-        commit, newest = Commit(**picked["commit"]), CommitKey(*picked["newest"])
-        mine = _attempt(backend, commit, members.rank, state)
-        answer = barrier.meet(
-            f"{prefix}/read",
-            json.dumps(mine.report).encode(),
-            lambda values, commit=commit: _judge(backend, name, commit, values),  # type: ignore[misc]
-        )
-        verdict = json.loads(answer)
-        if verdict["verdict"] == "apply":
-            _apply_together(members, f"{prefix}/apply", mine)
-            assert mine.contents is not None
-            return Loaded(CheckpointInfo.of(mine.contents.manifest, commit.manifest_sha256), newest)
-        if verdict["verdict"] == "older":
-            damage = [Damage(**d) for d in verdict["damage"]]
-            rejected[CommitKey(commit.generation, commit.step)] = damage
-            _report_damage(commit, step, damage, verdict["message"], speak=members.rank == 0)
-        elif verdict["verdict"] == "differs":
-            raise CheckpointMismatch(verdict["message"])
-        elif verdict["verdict"] == "failed":
-            raise LoadFailed(verdict["message"]) from mine.error
+    with _warning_later(speak=members.rank == 0) as notes:
+        rejected: set[CommitKey] = set()
+        for attempt in range(MAX_ROUNDS):
+            loaded = _load_one(backend, name, members, state, step, f"{key}/{attempt}", rejected, notes)
+            if loaded is not None:
+                return loaded
     raise LoadFailed(f"checkpoints of {name} kept vanishing while they were read; who prunes them?")
 
 
@@ -108,43 +95,109 @@ def load_fresh(
     Returns:
         A fresh state dict, or the bytes that were saved, and what it is.
     """
-    rejected: dict[CommitKey, list[Damage]] = {}
-    for _ in range(MAX_ROUNDS):
-        picked = json.loads(_pick(backend, name, step, rejected))
-        commit = Commit(**picked["commit"])
-        try:
-            contents = run_sync(read_contents(backend, commit, rank, _want_everything))
-        except CorruptCheckpoint as error:
-            if run_sync(_is_committed(backend, name, commit)):
-                rejected[CommitKey(commit.generation, commit.step)] = list(error.damage)
-                _report_damage(commit, step, list(error.damage), str(error), speak=True)
-            continue
-        state = build_state(contents.saved, contents.tensors, contents.values)
-        return state, CheckpointInfo.of(contents.manifest, commit.manifest_sha256)
+    with _warning_later(speak=True) as notes:
+        rejected: set[CommitKey] = set()
+        for _ in range(MAX_ROUNDS):
+            commit = Commit(**json.loads(_pick(backend, name, step, rejected))["commit"])
+            try:
+                contents = run_sync(read_contents(backend, commit, rank, _want_everything))
+            except CorruptCheckpoint as error:
+                if run_sync(_is_committed(backend, name, commit)):
+                    _reject(commit, step, rejected, notes, str(error), error.damage)
+                continue
+            state = build_state(contents.saved, contents.tensors, contents.values)
+            return state, CheckpointInfo.of(contents.manifest, commit.manifest_sha256)
     raise LoadFailed(f"checkpoints of {name} kept vanishing while they were read; who prunes them?")
+
+
+def _load_one(
+    backend: StorageBackend,
+    name: str,
+    members: Membership,
+    state: object,
+    step: int | None,
+    key: str,
+    rejected: set[CommitKey],
+    notes: list[str],
+) -> Loaded | None:
+    """Tries one commit together; None if another one has to be tried."""
+    barrier = members.barrier
+    picked = json.loads(barrier.announce(f"{key}/pick", lambda: _pick(backend, name, step, rejected)))
+    commit, newest = Commit(**picked["commit"]), CommitKey(*picked["newest"])
+    with _declining(barrier, f"{key}/read"):
+        mine = _attempt(backend, commit, members.rank, state, step)
+    report = json.dumps(mine.report).encode()
+    answer = barrier.meet(f"{key}/read", report, lambda values: _judge(backend, name, commit, values))
+    verdict = json.loads(answer)
+    if verdict["verdict"] == "apply":
+        _apply_together(barrier, f"{key}/apply", mine)
+        assert mine.contents is not None
+        return Loaded(CheckpointInfo.of(mine.contents.manifest, commit.manifest_sha256), newest)
+    if verdict["verdict"] == "differs":
+        raise CheckpointMismatch(verdict["message"])
+    if verdict["verdict"] == "failed":
+        raise LoadFailed(verdict["message"]) from mine.error
+    if verdict["verdict"] == "older":
+        _reject(commit, step, rejected, notes, verdict["message"], [Damage(**d) for d in verdict["damage"]])
+    return None
+
+
+@contextmanager
+def _warning_later(speak: bool) -> Iterator[list[str]]:
+    """Collects what to warn of and does so at the end: where warnings are errors, no rank is left alone half-way."""
+    notes: list[str] = []
+    try:
+        yield notes
+    finally:
+        for note in notes if speak else ():
+            warnings.warn(note, RuntimeWarning, stacklevel=5)
+
+
+@contextmanager
+def _declining(barrier: Barrier, key: str) -> Iterator[None]:
+    """Tells the other ranks if this one is interrupted, so that none waits for it in vain."""
+    try:
+        yield
+    except BaseException as error:
+        barrier.decline(key, error)
+        raise
+
+
+def _reject(
+    commit: Commit,
+    step: int | None,
+    rejected: set[CommitKey],
+    notes: list[str],
+    message: str,
+    damage: Sequence[Damage],
+) -> None:
+    """Falls back to an older commit, or not at all where a step was asked for by number."""
+    if step is not None:
+        raise CorruptCheckpoint(message, damage)
+    rejected.add(commit.key)
+    notes.append(f"{message}; going on with the checkpoint before it")
 
 
 def _want_everything(saved: SavedState) -> Wanted:
     return Wanted(tensors=whole_specs(saved), objects=tuple(saved.objects), differences=(), unexpected=())
 
 
-# A round is lost only to damage or to somebody who prunes meanwhile.
-MAX_ROUNDS = 1000
-
-
-def _pick(
-    backend: StorageBackend, name: str, step: int | None, rejected: dict[CommitKey, list[Damage]]
-) -> bytes:
+def _pick(backend: StorageBackend, name: str, step: int | None, rejected: Set[CommitKey]) -> bytes:
     """Chooses the newest commit that was not rejected; on the leader."""
-    commit, newest = run_sync(catalog.pick(backend, name, step, frozenset(rejected)))
+    step = None if step is None else check_step(step)
+    commit, newest = run_sync(catalog.pick(backend, name, step, rejected))
     return json.dumps({"commit": asdict(commit), "newest": newest}).encode()
 
 
-def _attempt(backend: StorageBackend, commit: Commit, rank: int, state: object) -> Attempted:
+def _attempt(backend: StorageBackend, commit: Commit, rank: int, state: object, step: object) -> Attempted:
     """Reads and checks what this rank needs; whatever goes wrong becomes its report."""
     try:
+        if step is not None:
+            check_step(step)
         targets = bind_targets(state)
         contents = run_sync(read_contents(backend, commit, rank, targets.want))
+        if not contents.wanted.differences:
+            targets.check(contents.tensors, contents.values)
     except CorruptCheckpoint as error:
         damage = [asdict(d) for d in error.damage]
         return Attempted({"kind": "damaged", "message": str(error), "damage": damage}, error=error)
@@ -192,35 +245,29 @@ def _verdict(verdict: str, message: str = "", damage: Sequence[dict[str, Any]] =
 
 
 async def _is_committed(backend: StorageBackend, name: str, commit: Commit) -> bool:
+    """Whether it is still there: what a prune took away meanwhile is not damaged."""
     try:
-        return await catalog.read_commit(backend, name, CommitKey(commit.generation, commit.step)) == commit
+        return await catalog.read_commit(backend, name, commit.key) == commit
     except NotFound:
         return False
+    except CorruptCheckpoint:
+        return True
 
 
-def _report_damage(
-    commit: Commit, step: int | None, damage: list[Damage], message: str, *, speak: bool
-) -> None:
-    """Falls back with a warning, or not at all where a step was asked for by number."""
-    if step is not None:
-        raise CorruptCheckpoint(message, damage)
-    if speak:
-        warnings.warn(f"{message}; going on with the checkpoint before it", RuntimeWarning, stacklevel=5)
-
-
-def _apply_together(members: Membership, key: str, mine: Attempted) -> None:
+def _apply_together(barrier: Barrier, key: str, mine: Attempted) -> None:
     """Fills the state on all ranks; returns when all have succeeded."""
     assert mine.targets is not None and mine.contents is not None
     failure: Exception | None = None
-    try:
-        mine.targets.apply(mine.contents.tensors, mine.contents.values)
-    except Exception as error:
-        failure = error
+    with _declining(barrier, key):
+        try:
+            mine.targets.apply(mine.contents.tensors, mine.contents.values)
+        except Exception as error:
+            failure = error
     message = "" if failure is None else errors.to_record(failure)["message"]
 
     def collect(values: Sequence[bytes]) -> bytes:
         return "; ".join(f"rank {r}: {v.decode()}" for r, v in enumerate(values) if v).encode()
 
-    failures = members.barrier.meet(key, message.encode(), collect).decode()
+    failures = barrier.meet(key, message.encode(), collect).decode()
     if failures:
         raise LoadFailed(f"the state could not be filled: {failures}") from failure

@@ -1,7 +1,7 @@
 """The first half of a save, in the caller's thread; `publish` is the second.
 
-Flatten the state, agree on its structure with the other ranks (only when it changed), claim a generation (only
-before the first save), stage. When `Saver.start` returns, every byte is in the arena and the state may change.
+Flatten the state, agree on its structure with the other ranks (only when it changed), open the attempt (here only
+for the first save, which may be refused), stage. When `Saver.start` returns, every byte is in the arena and the state may change.
 """
 
 from __future__ import annotations
@@ -9,24 +9,27 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from dtruntime_torch import _C, errors
-from dtruntime_torch.checkpoint import commit, groups
+from dtruntime_torch import _C
+from dtruntime_torch.checkpoint import groups
+from dtruntime_torch.checkpoint.arguments import check_metadata, check_step
 from dtruntime_torch.checkpoint.flatten import FlatState, flatten_state
 from dtruntime_torch.checkpoint.handle import SaveHandle, SaveMetrics
 from dtruntime_torch.checkpoint.info import CheckpointInfo
 from dtruntime_torch.checkpoint.layout import Layout, make_layout
 from dtruntime_torch.checkpoint.lineage import Lineage
 from dtruntime_torch.checkpoint.objects import Json
-from dtruntime_torch.checkpoint.publish import Publisher, Snapshot, failed_arrival
+from dtruntime_torch.checkpoint.publish import Publisher, Snapshot
 from dtruntime_torch.checkpoint.save_plan import make_save_plan
 from dtruntime_torch.checkpoint.specs import FlatSpecs, SavePlan
 from dtruntime_torch.checkpoint.staging import stage
-from dtruntime_torch.errors import DTRuntimeError, SaveFailed
+from dtruntime_torch.errors import BarrierTimeout
 from dtruntime_torch.membership import Membership
-from dtruntime_torch.storage import StorageBackend, run_sync
+from dtruntime_torch.storage import StorageBackend
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +57,6 @@ class Saver:
     def __init__(
         self, backend: StorageBackend, name: str, members: Membership, lineage: Lineage, chunk_bytes: int
     ) -> None:
-        self._backend = backend
-        self._name = name
         self._members = members
         self._lineage = lineage
         self._chunk_bytes = chunk_bytes
@@ -64,41 +65,45 @@ class Saver:
         self._structure: Structure | None = None
         self._sequence = 0
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dtruntime-save")
-        self._background: Future[CheckpointInfo] | None = None
         self._handle: SaveHandle | None = None
 
     def prepare(self, state: object) -> None:
         """Agrees on the structure of `state` and makes room for it, so that the first save finds it done."""
-        self.wait()
         key = self._next_key()
-        try:
+        with self._declining(key):
+            self.wait()
             self._agree(key, flatten_state(state, self._members.rank))
-        except BaseException as error:
-            self._decline(key, error)
-            raise
 
-    def start(self, state: object, step: int, metadata: Json) -> SaveHandle:
+    def start(self, state: object, step: object, metadata: object) -> SaveHandle:
         """Takes the snapshot and lets the rest go on in the background."""
         began = time.perf_counter()
         metrics = SaveMetrics()
-        self.wait()
-        self._warn_of_failure()
-        metrics.wait_seconds = time.perf_counter() - began
         key = self._next_key()
-        try:
-            snapshot = self._take(key, state, step, metadata, metrics)
-        except BaseException as error:
-            self._decline(key, error)
-            raise
-        self._background = self._executor.submit(self._publish, snapshot)
-        self._handle = SaveHandle(step, metrics, self._background)
+        with self._declining(key):
+            self.wait()
+            self._warn_of_failure()
+            metrics.wait_seconds = time.perf_counter() - began
+            snapshot = self._take(key, state, check_step(step), check_metadata(metadata), metrics)
+            future = self._executor.submit(self._publish, snapshot)
+        self._handle = SaveHandle(snapshot.step, metrics, future)
         metrics.stall_seconds = time.perf_counter() - began
         return self._handle
 
     def wait(self) -> None:
-        """Waits for the save that is under way, whatever becomes of it."""
-        if self._background is not None:
-            wait([self._background])
+        """Waits for the save that is under way, whatever becomes of it.
+
+        Raises:
+            BarrierTimeout: it still goes on after the manager's time-out.
+        """
+        # The only thread takes its work in turn, so what is queued now is done when all before it is.
+        done = self._executor.submit(int)
+        timeout = self._members.barrier.timeout
+        if wait([done], timeout).not_done:
+            done.cancel()
+            raise BarrierTimeout(
+                f"the save before this one still goes on after {timeout:g} s: its storage does not answer, or is "
+                f"slower than the manager's timeout allows"
+            )
 
     def close(self) -> None:
         """Waits for the save that is under way and gives the memory back.
@@ -106,8 +111,8 @@ class Saver:
         Raises:
             DTRuntimeError: the last save failed and nobody was told yet.
         """
-        self._executor.shutdown(wait=True)
-        self._background = None
+        self.wait()
+        self._executor.shutdown()
         self._arena = _C.Arena(0)
         handle, self._handle = self._handle, None
         failure = handle.unseen_failure() if handle is not None else None
@@ -118,11 +123,30 @@ class Saver:
         self._sequence += 1
         return f"save/{self._sequence}"
 
+    @contextmanager
+    def _declining(self, key: str) -> Iterator[None]:
+        """Tells the other ranks if this one takes no part, so that none waits for it in vain."""
+        try:
+            yield
+        except BaseException as error:
+            self._structure = None
+            self._decline(key, error)
+            raise
+
+    def _decline(self, key: str, error: BaseException) -> None:
+        try:
+            # The save before this one may still be meeting.
+            self.wait()
+        except BarrierTimeout as busy:
+            logger.warning("the other ranks are not told that this one failed: %s", busy)
+        else:
+            self._publisher.decline(key, error)
+
     def _take(self, key: str, state: object, step: int, metadata: Json, metrics: SaveMetrics) -> Snapshot:
         self._lineage.check_step(step)
         flat = flatten_state(state, self._members.rank)
         structure = self._agree(key, flat)
-        self._claim_generation(key, step)
+        attempt = self._publisher.open(key, step) if self._lineage.generation is None else None
         began = time.perf_counter()
         layout = structure.layout
         digests = stage(self._arena, layout, flat.tensors, self._chunk_bytes)
@@ -139,6 +163,7 @@ class Saver:
             values={spec.fqn: flat.values[spec.fqn] for spec in structure.plan.objects},
             metadata=metadata,
             metrics=metrics,
+            attempt=attempt,
         )
 
     def _agree(self, key: str, flat: FlatState) -> Structure:
@@ -161,41 +186,13 @@ class Saver:
             # The traceback of a failed save may still look at the old one, which lives as long as that.
             self._arena = _C.Arena(nbytes)
 
-    def _claim_generation(self, key: str, step: int) -> None:
-        if self._lineage.generation is not None:
-            return
-
-        def claim() -> bytes:
-            seen, loaded = self._lineage.seen, self._lineage.loaded
-            claimed = commit.claim_generation(
-                self._backend, self._name, self._members.run_id, seen, loaded, step
-            )
-            return str(run_sync(claimed)).encode()
-
-        self._lineage.generation = int(self._members.barrier.announce(f"{key}/generation", claim))
-
-    def _decline(self, key: str, error: BaseException) -> None:
-        """Tells the other ranks that this one does not take part, so that none waits for it in vain."""
-        self._structure = None
-        rank, barrier = self._members.rank, self._members.barrier
-        refusal = SaveFailed(f"rank {rank} takes no part in this save: {errors.to_record(error)['message']}")
-        try:
-            barrier.decline(f"{key}/groups", refusal)
-            if rank == 0:
-                barrier.decline(f"{key}/generation", refusal)
-                barrier.decline(f"{key}/attempt", refusal)
-            else:
-                barrier.decline(f"{key}/commit", failed_arrival(error))
-        except DTRuntimeError as unheard:
-            # What went wrong first is what the caller has to know.
-            logger.warning("the other ranks could not be told that this one failed: %s", unheard)
-
     def _publish(self, snapshot: Snapshot) -> CheckpointInfo:
         try:
             return self._publisher.publish(snapshot)
         except BaseException as error:
-            # The ranks may have come to differ in structure: the next save asks all of them again.
-            self._structure = None
+            if not isinstance(error, BarrierTimeout) or error.decided:
+                # The ranks may have come to differ in structure: the next save asks all of them again.
+                self._structure = None
             logger.error("the save of step %d failed: %s", snapshot.step, error)
             raise
 

@@ -81,6 +81,20 @@ class Targets:
             tuple(total.tensors), tuple(total.objects), tuple(total.differences), tuple(total.unexpected)
         )
 
+    def check(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, object]) -> None:
+        """Asks the stateful objects that have `check_state_dict` whether they take what was read.
+
+        Args:
+            tensors: as for `apply`, to which they may still be given.
+            values: as for `apply`.
+
+        Raises:
+            Exception: what an object raised; nothing was changed.
+        """
+        loaded = Loaded(tensors, values)
+        for _, request in self._requests:
+            request.check(loaded)
+
     def apply(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, object]) -> None:
         """Fills the state from the checkpoint that `want` saw last, in which nothing may have differed.
 
@@ -125,6 +139,8 @@ def _value_request(node: Node, below: Below) -> Request:
 def _stateful_request(node: Node, below: Below, boxes: BoxFinder) -> Request:
     current = {leaf.fqn: leaf.value for leaf in nodes_below(node, node.value.state_dict())}
     request = Request(fill=lambda loaded: node.value.load_state_dict(nested_copies(below, loaded, current)))
+    if hasattr(node.value, "check_state_dict"):
+        request.check = lambda loaded: node.value.check_state_dict(nested_copies(below, loaded, current))
     for leaf in below.leaves:
         request.want(leaf, needed_box(leaf, current.get(leaf.fqn), boxes))
     return request

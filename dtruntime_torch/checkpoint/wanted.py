@@ -52,8 +52,8 @@ class Loaded(NamedTuple):
         return place(leaf, self.tensors[leaf.fqn])
 
 
-def _fill_nothing(loaded: Loaded) -> None:
-    """What is left to do for a target that the checkpoint does not fit."""
+def _nothing(loaded: Loaded) -> None:
+    """What is left to do for a target that the checkpoint does not fit, or that cannot be asked."""
 
 
 @dataclass(slots=True)
@@ -62,6 +62,7 @@ class Request:
 
     Attributes:
         tensors, objects, differences, unexpected: as in `Wanted`.
+        check: lets the target refuse what was read, before any target is filled.
         fill: puts what was read into the target.
     """
 
@@ -69,7 +70,8 @@ class Request:
     objects: list[str] = field(default_factory=list)
     differences: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
-    fill: Callable[[Loaded], None] = _fill_nothing
+    check: Callable[[Loaded], None] = _nothing
+    fill: Callable[[Loaded], None] = _nothing
 
     def want(self, leaf: SavedLeaf, box: Box | None = None) -> None:
         """Asks for a leaf; of a tensor for the given box, or for all of it."""

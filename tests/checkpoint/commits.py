@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from dtruntime_torch.checkpoint import names
@@ -16,6 +17,7 @@ from dtruntime_torch.checkpoint.manifest import (
 )
 from dtruntime_torch.checkpoint.names import Attempt, CommitKey
 from dtruntime_torch.storage import StorageBackend
+from dtruntime_torch.testing.faulty_backend import Call, Fault, FaultyBackend
 
 NAME = "model"
 CREATED = "2026-01-02T03:04:05+00:00"
@@ -90,3 +92,18 @@ async def claimed_by(backend: StorageBackend, generation: int, host: str = "node
     """Somebody else has claimed this."""
     record = Generation(generation, run_id(99), host, pid, CREATED)
     await backend.create(generation_path(generation), encode_generation(record))
+
+
+def creates(backend: FaultyBackend) -> list[str]:
+    """The paths of all creates so far."""
+    return [path for operation, path in backend.calls if operation == "create"]
+
+
+def also(action: Callable[[], Awaitable[None]], *, then: Fault) -> Fault:
+    """A fault: somebody else does `action` just before the call meets the fault `then`."""
+
+    async def fault(call: Call) -> object:
+        await action()
+        return await then(call)
+
+    return fault

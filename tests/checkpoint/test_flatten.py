@@ -325,6 +325,7 @@ def test_what_counts_as_dict_comes_back_as_dict():
         ("torch.device", 0),
         ("torch.Size", 3),
         ("torch.Size", ["a"]),
+        ("torch.Size", {"~": "dict", "v": [[1, 2]]}),
         ("collections.Counter", "abc"),
     ],
 )

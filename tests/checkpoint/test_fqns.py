@@ -143,6 +143,8 @@ def test_new_parameters_and_other_modules_are_noticed():
     model, other = net(), net()
     optimizer = torch.optim.SGD(model[0].parameters())
     assert parameter_names(optimizer, {"m": model}, "o") == ("0.weight", "0.bias")
+    with pytest.raises(InvalidArgument):
+        parameter_names(optimizer, {"m": other}, "o")
     optimizer.add_param_group({"params": list(model[1].parameters())})
     assert len(parameter_names(optimizer, {"m": model}, "o")) == 4
     assert parameter_names(optimizer, {"n": torch.nn.Sequential(model)}, "o")[0] == "0.0.weight"
@@ -154,6 +156,8 @@ def test_nothing_is_kept_alive():
     model = net()
     optimizer = torch.optim.SGD(model.parameters())
     parameter_names(optimizer, {"m": model}, "o")
+    # As training loops do it; what is remembered of an optimizer must not lead back to it.
+    model.optimizer = model[0].weight.optimizer = optimizer
     alive = [weakref.ref(model), weakref.ref(optimizer), weakref.ref(model[0].weight)]
     del model, optimizer
     gc.collect()

@@ -147,3 +147,11 @@ def test_a_mesh_of_other_ranks_is_refused(mesh):
     require_member(box, 0, "w")
     with pytest.raises(InvalidArgument, match=r"^w: .*ranks \[0\].*rank 3"):
         require_member(box, 3, "w")
+
+
+@pytest.mark.parametrize("left", [0, 64])
+def test_a_tensor_whose_memory_was_given_back_is_refused_by_name(left):
+    tensor = torch.ones(1000)
+    tensor.untyped_storage().resize_(left)
+    with pytest.raises(UnsupportedType, match="layer.w"):
+        local_tensor(tensor, "layer.w")

@@ -243,6 +243,12 @@ def test_names_are_compared_and_not_paths():
     assert exact(state) == exact({"a.b": torch.ones(1), "c": {"0": torch.ones(1)}})
 
 
+def test_of_several_names_the_longest_takes_a_leaf():
+    assert differences(save({"a": {"b": 2}}), {"a": None, "a.b": 0}) == [
+        "a: in the state, not in the checkpoint"
+    ]
+
+
 def test_a_rank_that_the_checkpoint_does_not_know_keeps_its_own():
     def state(rank):
         return {

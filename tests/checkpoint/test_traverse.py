@@ -132,7 +132,9 @@ def test_a_dict_with_a_state_of_its_own_is_asked_for_it():
 
 
 @pytest.mark.parametrize(
-    "state", [torch.nn.Linear(1, 1), torch.ones(1), 3, None, [torch.ones(1)], PerRank({})]
+    "state",
+    [torch.nn.Linear(1, 1), StatefulDict(a=1), torch.ones(1), 3, None, [torch.ones(1)], PerRank({})],
+    ids=lambda state: type(state).__name__,
 )
 def test_a_state_is_a_dict_or_bytes(state):
     with pytest.raises(InvalidArgument, match="model"):

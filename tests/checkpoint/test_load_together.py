@@ -1,0 +1,88 @@
+"""Loads of several ranks end the same way on all of them, whatever one of them does."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+
+import pytest
+import torch
+
+from dtruntime_torch.checkpoint.info import CheckpointInfo
+from dtruntime_torch.errors import BarrierTimeout, LoadFailed
+from dtruntime_torch.storage import MemoryBackend
+from dtruntime_torch.testing.faulty_backend import FaultyBackend, flipped
+from tests.checkpoint.thread_ranks import Rank, make_ranks, together
+
+
+def two_steps() -> tuple[FaultyBackend, list[Rank], list[dict[str, torch.Tensor]]]:
+    """Two ranks that hold different names saved steps 1 and 2."""
+    backend = FaultyBackend(MemoryBackend())
+    ranks = make_ranks(2, backend)
+    for step in (1, 2):
+        states = [{f"stage{i}": torch.full((5000,), float(step))} for i in (0, 1)]
+        saves = [partial(rank.save, state, step) for rank, state in zip(ranks, states, strict=True)]
+        assert all(isinstance(result, CheckpointInfo) for result in together(*saves))
+    return backend, ranks, [{f"stage{i}": torch.zeros(5000)} for i in (0, 1)]
+
+
+def load(ranks: list[Rank], states: list[dict[str, torch.Tensor]]) -> list[object]:
+    return together(*[partial(rank.load, state) for rank, state in zip(ranks, states, strict=True)])
+
+
+def test_damage_that_one_rank_meets_sends_all_to_the_step_before():
+    backend, ranks, states = two_steps()
+    backend.when("read_range", "*/step-00000002/*/shard-00001-*.safetensors", flipped(-1), nth=None)
+    with pytest.warns(RuntimeWarning, match="shard-00001"):
+        results = load(ranks, states)
+    assert [result.step for result in results if isinstance(result, CheckpointInfo)] == [1, 1]
+    assert all((tensor == 1).all() for state in states for tensor in state.values())
+
+
+def test_warnings_that_are_errors_leave_no_rank_behind():
+    backend, ranks, states = two_steps()
+    backend.when("read_range", "*/step-00000002/*/shard-00001-*.safetensors", flipped(-1), nth=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        results = load(ranks, states)
+    assert isinstance(results[0], RuntimeWarning) and isinstance(results[1], CheckpointInfo)
+    assert all((tensor == 1).all() for state in states for tensor in state.values())
+
+
+@pytest.mark.parametrize("odd", [0, 1])
+def test_an_interrupted_rank_ends_the_load_on_all(odd, monkeypatch):
+    _, ranks, states = two_steps()
+
+    class Interrupting(dict[str, torch.Tensor]):
+        def items(self):
+            raise KeyboardInterrupt
+
+    states[odd] = Interrupting(states[odd])
+    results = load(ranks, states)
+    assert isinstance(results[odd], KeyboardInterrupt)
+    assert isinstance(results[1 - odd], Exception) and not isinstance(results[1 - odd], BarrierTimeout)
+
+
+@pytest.mark.parametrize("odd", [0, 1])
+def test_a_state_that_one_rank_cannot_fill_is_filled_on_none(odd):
+    class Refusing:
+        def state_dict(self) -> dict[str, object]:
+            return {"n": 1}
+
+        def check_state_dict(self, state: object) -> None:
+            if refuses:
+                raise ValueError("another n")
+
+        def load_state_dict(self, state: object) -> None:
+            raise AssertionError("it was asked before")
+
+    ranks = make_ranks(2, MemoryBackend())
+    refuses = False
+    states: list[dict[str, object]] = [{"w": torch.ones(3), "sampler": Refusing()} for _ in ranks]
+    together(*[partial(rank.save, state, 1) for rank, state in zip(ranks, states, strict=True)])
+    refuses = True
+    states = [{"w": torch.zeros(3), "sampler": Refusing()} for _ in ranks]
+    del states[1 - odd]["sampler"]
+    results = together(*[partial(rank.load, state) for rank, state in zip(ranks, states, strict=True)])
+    assert all(isinstance(result, LoadFailed) and f"rank {odd}" in str(result) for result in results)
+    assert not any(state["w"].any() for state in states)  # type: ignore[attr-defined]

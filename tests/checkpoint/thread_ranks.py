@@ -1,0 +1,66 @@
+"""Ranks as threads over one Store in memory: savers and loads of several ranks without processes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]  # torch does not list them
+
+from dtruntime_torch.barrier import Barrier
+from dtruntime_torch.checkpoint import restore
+from dtruntime_torch.checkpoint.info import CheckpointInfo
+from dtruntime_torch.checkpoint.lineage import Lineage
+from dtruntime_torch.checkpoint.save import Saver
+from dtruntime_torch.membership import Membership
+from dtruntime_torch.storage import StorageBackend
+
+RUN_ID = "0123456789abcdef" * 2
+
+
+class Rank:
+    """What a manager does, for one of several ranks of this process."""
+
+    def __init__(self, backend: StorageBackend, store: object, rank: int, ranks: int, timeout: float) -> None:
+        barrier = Barrier(PrefixStore("run", store), rank, ranks, timeout)
+        self.backend = backend
+        self.members = Membership(barrier, rank, ranks, RUN_ID)
+        self.lineage = Lineage()
+        self.saver = Saver(backend, "model", self.members, self.lineage, 4096)
+        self.loads = 0
+
+    def save(self, state: object, step: object, metadata: object = None) -> CheckpointInfo:
+        return self.saver.start(state, step, metadata).result()
+
+    def load(self, state: object) -> CheckpointInfo:
+        self.loads += 1
+        loaded = restore.load(self.backend, "model", self.members, state, None, f"load/{self.loads}")
+        self.lineage.follow(loaded.info.key, loaded.newest)
+        return loaded.info
+
+
+def make_ranks(
+    ranks: int, backends: Sequence[StorageBackend] | StorageBackend, timeout: float = 60
+) -> list[Rank]:
+    """Makes the ranks of one incarnation. Long time-outs: a test that waits one out has failed."""
+    store = HashStore()
+    each = backends if isinstance(backends, Sequence) else [backends] * ranks
+    return [Rank(each[rank], store, rank, ranks, timeout) for rank in range(ranks)]
+
+
+def together(*calls: Callable[[], object]) -> list[object]:
+    """Runs the calls at the same time; returns of each what it returned or raised."""
+    results: list[object] = [None] * len(calls)
+
+    def run(i: int) -> None:
+        try:
+            results[i] = calls[i]()
+        except BaseException as error:
+            results[i] = error
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
