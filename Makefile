@@ -55,16 +55,18 @@ help:
 # The set-up in three steps. Each leaves a file that is newer than all that the step was made from, so that a
 # step is done again only when that changed. Python sources need no step: the install is editable.
 
-$(BIN)/python:
+# A .venv knows its own place: in a folder that was moved or copied it is made anew.
+$(BIN)/python: $(if $(filter $(CURDIR),$(shell cat $(VENV)/made-in 2>/dev/null)),,FORCE)
 	$(eval LACKS := $(shell scripts/check_machine.sh '$(PYTHON)' '$(CXX)'))$(if $(LACKS),$(error $(LACKS)))
 	@echo "==> making $(VENV) with $(PYTHON)"
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv --clear $(VENV)
+	@echo '$(CURDIR)' > $(VENV)/made-in
 
-# Holds what it was made from: another TORCH=..., or a folder that was moved, makes it anew.
+# Holds the requirement that was installed: another TORCH=... installs that.
 $(VENV)/torch: FORCE | $(BIN)/python
-	@made_from="$$TORCH, in $$PWD"; [ "$$(cat $@ 2>/dev/null)" = "$$made_from" ] || { \
+	@[ "$$(cat $@ 2>/dev/null)" = "$$TORCH" ] || { \
 		echo "==> installing $$TORCH (the first time, this may download much)" && \
-		set -f && $(PIP) install $$TORCH && echo "$$made_from" > $@; }
+		set -f && $(PIP) install $$TORCH && echo "$$TORCH" > $@; }
 
 $(VENV)/installed: $(VENV)/torch pyproject.toml setup.py $(SOURCES) $(if $(wildcard dtruntime_torch/_C*.so),,FORCE)
 	@echo "==> building the extension and installing the tools"

@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "checkpoint.layout checkpoint.lineage checkpoint.objects checkpoint.save_plan testing testing.*",
         "checkpoint.records checkpoint.strict_json",
-        "checkpoint.checks checkpoint.load_plan checkpoint.part_json checkpoint.read_requests",
+        "checkpoint.arguments checkpoint.checks checkpoint.load_plan checkpoint.part_json checkpoint.read_requests",
         "checkpoint.manifest_json",
         "checkpoint.manifest",
         "checkpoint.info",
