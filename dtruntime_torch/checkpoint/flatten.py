@@ -19,6 +19,7 @@ from dtruntime_torch.checkpoint.local_shard import (
     dtype_name,
     is_dtensor,
     local_tensor,
+    memory_of,
     require_member,
 )
 from dtruntime_torch.checkpoint.objects import Json
@@ -75,12 +76,7 @@ def _owned_data(survey: Survey) -> frozenset[Hashable]:
     plain = [(name, parameter) for name, parameter in survey.named_parameters() if not is_dtensor(parameter)]
     for name, parameter in plain:
         check_plain(parameter, name)
-    return frozenset(_memory(parameter) for _, parameter in plain)
-
-
-def _memory(tensor: torch.Tensor) -> Hashable:
-    """Equal for tensors that read the same memory alike."""
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+    return frozenset(memory_of(parameter) for _, parameter in plain)
 
 
 class _Collector:
@@ -116,7 +112,7 @@ class _Collector:
         tensor = local_tensor(node.value, node.fqn)
         box = self._boxes.find(node.value, node.fqn)
         require_member(box, self._rank, node.fqn)
-        memory = _memory(tensor)
+        memory = memory_of(tensor)
         alias = (
             self._first_at.setdefault((memory, box, node.per_rank), node.fqn) if tensor.numel() else node.fqn
         )

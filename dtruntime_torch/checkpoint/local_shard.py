@@ -97,6 +97,11 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     return local.wait() if hasattr(local, "wait") else local
 
 
+def memory_of(tensor: torch.Tensor) -> Hashable:
+    """Equal for tensors that read the same memory alike."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
 def check_dtype(tensor: torch.Tensor, where: str) -> None:
     """Refuses a dtype that cannot be stored.
 

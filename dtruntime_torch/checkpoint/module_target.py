@@ -56,7 +56,9 @@ def module_request(node: Node, survey: Survey, leaves: Sequence[SavedLeaf], boxe
 def tensor_request(node: Node, below: Below, boxes: BoxFinder) -> Request:
     """Asks for one tensor, of a DTensor for this rank's shard, and fills it in place."""
     tensor, leaf = node.value, below.leaves[0]
-    local_tensor(tensor, node.fqn)
+    local = local_tensor(tensor, node.fqn)
+    if any(stride == 0 and size > 1 for size, stride in zip(local.shape, local.stride(), strict=True)):
+        return Request(differences=[f"{node.fqn}: an expanded tensor, in whose place no values fit"])
     here = describe(tuple(tensor.shape), dtype_name(tensor))
     if isinstance(leaf, ObjectEntry) or leaf.is_bytes or len(leaf.path) > below.depth:
         return Request(differences=[f"{node.fqn}: checkpoint no tensor, state {here}"])

@@ -5,12 +5,12 @@ Nothing is touched before `apply`, so that a checkpoint that does not fit change
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterator, Mapping
 
 import torch
 
 from dtruntime_torch.checkpoint.load_plan import SavedState
-from dtruntime_torch.checkpoint.local_shard import BoxFinder
+from dtruntime_torch.checkpoint.local_shard import BoxFinder, local_part, memory_of
 from dtruntime_torch.checkpoint.module_target import module_request, tensor_request
 from dtruntime_torch.checkpoint.nest import build_state, leaves_of
 from dtruntime_torch.checkpoint.optimizer_target import optimizer_request
@@ -82,18 +82,42 @@ class Targets:
         )
 
     def check(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, object]) -> None:
-        """Asks the stateful objects that have `check_state_dict` whether they take what was read.
+        """Finds what only shows once it was read; nothing is changed.
+
+        Stateful objects that have `check_state_dict` are asked whether they take it, and tensors that are one in the
+        state must not be two different ones in the checkpoint.
 
         Args:
             tensors: as for `apply`, to which they may still be given.
             values: as for `apply`.
 
         Raises:
-            Exception: what an object raised; nothing was changed.
+            InvalidArgument: two names of one tensor have different values in the checkpoint.
+            Exception: what an object raised.
         """
         loaded = Loaded(tensors, values)
+        self._check_ties(tensors)
         for _, request in self._requests:
             request.check(loaded)
+
+    def _check_ties(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        first_at: dict[Hashable, str] = {}
+        for node in self._tensors_filled_in_place():
+            if node.fqn in tensors and node.value.numel():
+                first = first_at.setdefault(memory_of(local_part(node.value)), node.fqn)
+                if not _same_bits(tensors[first], tensors[node.fqn]):
+                    raise InvalidArgument(
+                        f"{first} and {node.fqn} are one tensor in the state and two different ones in the "
+                        f"checkpoint; untie them before you load"
+                    )
+
+    def _tensors_filled_in_place(self) -> Iterator[Node]:
+        for node in self._survey.nodes:
+            if isinstance(node.value, torch.nn.Module):
+                entries = (entry for _, entry in self._survey.entries_of(node))
+                yield from (entry for entry in entries if isinstance(entry.value, torch.Tensor))
+            elif isinstance(node.value, torch.Tensor):
+                yield node
 
     def apply(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, object]) -> None:
         """Fills the state from the checkpoint that `want` saw last, in which nothing may have differed.
@@ -121,6 +145,10 @@ class Targets:
         if isinstance(node.value, torch.Tensor):
             return tensor_request(node, below, boxes)
         return _value_request(node, below)
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one is other or torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (one, other)))
 
 
 def _turn(node: Node) -> int:

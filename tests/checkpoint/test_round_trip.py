@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import dtruntime_torch as dt
+from dtruntime_torch.errors import CheckpointMismatch, LoadFailed
 
 DTYPES = [
     torch.bool,
@@ -190,3 +191,29 @@ def test_a_model_and_its_optimizer_go_on_bit_for_bit(tmp_path):
         same_bits(a, b)
         for a, b in zip(model.state_dict().values(), fresh_model.state_dict().values(), strict=True)
     )
+
+
+def test_one_tensor_does_not_take_two_different_values(tmp_path):
+    with dt.CheckpointManager(tmp_path) as manager:
+        manager.save({"a": torch.ones(3), "b": torch.full((3,), 2.0)}, 1)
+        tied = torch.zeros(3)
+        with pytest.raises(LoadFailed, match="a and b are one tensor"):
+            manager.load({"a": tied, "b": tied})
+    assert not tied.any()
+
+
+def test_one_tensor_takes_two_equal_values(tmp_path):
+    with dt.CheckpointManager(tmp_path) as manager:
+        manager.save({"a": torch.full((3,), math.nan), "b": torch.full((3,), math.nan)}, 1)
+        tied = torch.zeros(3)
+        manager.load({"a": tied, "b": tied})
+    assert tied.isnan().all()
+
+
+def test_an_expanded_tensor_cannot_be_filled(tmp_path):
+    with dt.CheckpointManager(tmp_path) as manager:
+        manager.save({"a": torch.ones(3), "b": torch.ones(2, 3)}, 1)
+        first, row = torch.zeros(3), torch.zeros(3)
+        with pytest.raises(CheckpointMismatch, match="b: an expanded tensor"):
+            manager.load({"a": first, "b": row.expand(2, 3)})
+    assert not first.any()
