@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 
-from dtruntime_torch.checkpoint import strict_json
+from dtruntime_torch.checkpoint.format import strict_json
 from dtruntime_torch.checkpoint.names import MAX_INTEGER
 from dtruntime_torch.checkpoint.objects import Json
 from dtruntime_torch.errors import InvalidArgument

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence, Set
 from typing import TypeVar
 
 from dtruntime_torch.checkpoint import names
-from dtruntime_torch.checkpoint.checks import is_own
+from dtruntime_torch.checkpoint.format.checks import is_own
 from dtruntime_torch.checkpoint.manifest import (
     Commit,
     Manifest,

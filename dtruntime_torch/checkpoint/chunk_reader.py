@@ -13,8 +13,8 @@ from functools import partial
 from typing_extensions import Buffer
 
 from dtruntime_torch import _C
+from dtruntime_torch.checkpoint.format.records import FileRef, Part
 from dtruntime_torch.checkpoint.read_requests import Piece, Request, pieces_by_file, requests_for, split_at
-from dtruntime_torch.checkpoint.records import FileRef, Part
 from dtruntime_torch.errors import Damage, NotFound, StorageError
 from dtruntime_torch.storage.backend import StorageBackend
 from dtruntime_torch.storage.sync import in_thread

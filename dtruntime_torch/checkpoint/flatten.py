@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from dtruntime_torch.checkpoint import objects
-from dtruntime_torch.checkpoint.local_shard import (
+from dtruntime_torch.checkpoint.objects import Json
+from dtruntime_torch.checkpoint.specs import FlatSpecs, ObjectSpec, Path, TensorSpec
+from dtruntime_torch.checkpoint.state.local_shard import (
     BoxFinder,
     check_plain,
     dtype_name,
@@ -22,10 +24,8 @@ from dtruntime_torch.checkpoint.local_shard import (
     memory_of,
     require_member,
 )
-from dtruntime_torch.checkpoint.objects import Json
-from dtruntime_torch.checkpoint.specs import FlatSpecs, ObjectSpec, Path, TensorSpec
-from dtruntime_torch.checkpoint.stateful import Leaf, Survey
-from dtruntime_torch.checkpoint.traverse import Node, PerRank, is_ndarray, name_clash
+from dtruntime_torch.checkpoint.state.stateful import Leaf, Survey
+from dtruntime_torch.checkpoint.state.traverse import Node, PerRank, is_ndarray, name_clash
 from dtruntime_torch.errors import UnsupportedType
 
 __all__ = ["FlatState", "PerRank", "flatten_state"]

@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dtruntime_torch.barrier import Barrier
-from dtruntime_torch.checkpoint import objects, strict_json
+from dtruntime_torch.checkpoint import objects
 from dtruntime_torch.checkpoint.dtypes import is_known
+from dtruntime_torch.checkpoint.format import strict_json
+from dtruntime_torch.checkpoint.format.strict_json import Fields, Refused
 from dtruntime_torch.checkpoint.objects import Json
 from dtruntime_torch.checkpoint.specs import FlatSpecs, ObjectSpec, TensorSpec
-from dtruntime_torch.checkpoint.strict_json import Fields, Refused
 from dtruntime_torch.errors import CorruptCheckpoint, DTRuntimeError, SaveFailed
 
 MAX_STRUCTURE_BYTES = 256 << 20

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from dtruntime_torch.checkpoint.records import ObjectEntry, Part, TensorEntry
+from dtruntime_torch.checkpoint.format.records import ObjectEntry, Part, TensorEntry
 from dtruntime_torch.checkpoint.specs import LoadPlan, Path, ReadItem, Shape, TensorSpec
 from dtruntime_torch.errors import CheckpointMismatch, CorruptCheckpoint
 

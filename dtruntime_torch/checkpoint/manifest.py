@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from dtruntime_torch.checkpoint import checks, manifest_json, part_json, strict_json
-from dtruntime_torch.checkpoint.objects import Json
-from dtruntime_torch.checkpoint.records import (
+from dtruntime_torch.checkpoint.format import checks, manifest_json, part_json, strict_json
+from dtruntime_torch.checkpoint.format.records import (
     Commit,
     FileRef,
     Generation,
@@ -21,7 +20,8 @@ from dtruntime_torch.checkpoint.records import (
     PartRef,
     TensorEntry,
 )
-from dtruntime_torch.checkpoint.strict_json import Fields, Newer, Refused
+from dtruntime_torch.checkpoint.format.strict_json import Fields, Newer, Refused
+from dtruntime_torch.checkpoint.objects import Json
 from dtruntime_torch.errors import CorruptCheckpoint, Damage, InvalidArgument, NewerFormat
 
 __all__ = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from dtruntime_torch.checkpoint.records import Part
+from dtruntime_torch.checkpoint.format.records import Part
 
 REQUEST_BYTES = 64 << 20
 """The most that one request asks for, unless a chunk or a header is larger."""

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping
 
 from dtruntime_torch import _C
+from dtruntime_torch.checkpoint.format.records import FileRef, ObjectEntry, Part, PartRef, TensorEntry
 from dtruntime_torch.checkpoint.layout import Layout, Slot
 from dtruntime_torch.checkpoint.manifest import encode_part
 from dtruntime_torch.checkpoint.names import (
@@ -16,7 +17,6 @@ from dtruntime_torch.checkpoint.names import (
     shard_file_name,
 )
 from dtruntime_torch.checkpoint.objects import Json
-from dtruntime_torch.checkpoint.records import FileRef, ObjectEntry, Part, PartRef, TensorEntry
 from dtruntime_torch.checkpoint.specs import Extent, SavePlan
 from dtruntime_torch.errors import InvalidArgument
 from dtruntime_torch.storage.backend import StorageBackend

@@ -10,13 +10,13 @@ from collections.abc import Hashable, Iterator, Mapping
 import torch
 
 from dtruntime_torch.checkpoint.load_plan import SavedState
-from dtruntime_torch.checkpoint.local_shard import BoxFinder, local_part, memory_of
-from dtruntime_torch.checkpoint.module_target import module_request, tensor_request
-from dtruntime_torch.checkpoint.nest import build_state, leaves_of
-from dtruntime_torch.checkpoint.optimizer_target import optimizer_request
-from dtruntime_torch.checkpoint.stateful import Survey
-from dtruntime_torch.checkpoint.traverse import Node, is_stateful, name_clash, nodes_below
-from dtruntime_torch.checkpoint.wanted import (
+from dtruntime_torch.checkpoint.state.local_shard import BoxFinder, local_part, memory_of
+from dtruntime_torch.checkpoint.state.module_target import module_request, tensor_request
+from dtruntime_torch.checkpoint.state.nest import build_state, leaves_of
+from dtruntime_torch.checkpoint.state.optimizer_target import optimizer_request
+from dtruntime_torch.checkpoint.state.stateful import Survey
+from dtruntime_torch.checkpoint.state.traverse import Node, is_stateful, name_clash, nodes_below
+from dtruntime_torch.checkpoint.state.wanted import (
     Below,
     Loaded,
     Request,

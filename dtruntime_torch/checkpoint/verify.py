@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 from dtruntime_torch.checkpoint import catalog
 from dtruntime_torch.checkpoint.chunk_reader import DIGEST_BYTES, check_part
+from dtruntime_torch.checkpoint.format.records import Manifest, Part
 from dtruntime_torch.checkpoint.names import CommitKey
-from dtruntime_torch.checkpoint.records import Manifest, Part
 from dtruntime_torch.errors import CheckpointNotFound, CorruptCheckpoint, Damage, NotFound
 from dtruntime_torch.storage.backend import StorageBackend
 

@@ -10,8 +10,8 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from dtruntime_torch.checkpoint import catalog
+from dtruntime_torch.checkpoint.format.records import Manifest
 from dtruntime_torch.checkpoint.names import CommitKey
-from dtruntime_torch.checkpoint.records import Manifest
 from dtruntime_torch.checkpoint.verify import is_committed
 from dtruntime_torch.cli.place import Place, find_place
 from dtruntime_torch.cli.screen import one_line, screen

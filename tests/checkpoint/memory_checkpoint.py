@@ -8,8 +8,8 @@ import torch
 
 from dtruntime_torch.checkpoint import objects
 from dtruntime_torch.checkpoint.flatten import FlatState, flatten_state
+from dtruntime_torch.checkpoint.format.records import ObjectEntry
 from dtruntime_torch.checkpoint.load_plan import SavedState, SavedTensor
-from dtruntime_torch.checkpoint.records import ObjectEntry
 from dtruntime_torch.checkpoint.specs import Shape
 from dtruntime_torch.checkpoint.targets import Wanted, bind_targets, build_state
 

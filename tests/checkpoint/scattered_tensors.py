@@ -10,7 +10,7 @@ from typing import NamedTuple
 import xxhash
 from hypothesis import strategies as st
 
-from dtruntime_torch.checkpoint.records import FileRef, Part, TensorEntry
+from dtruntime_torch.checkpoint.format.records import FileRef, Part, TensorEntry
 from dtruntime_torch.checkpoint.specs import Extent
 from dtruntime_torch.storage import run_sync
 from dtruntime_torch.storage.backend import StorageBackend

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dtruntime_torch.checkpoint.format.records import Part, TensorEntry
 from dtruntime_torch.checkpoint.load_plan import index_parts, make_load_plan, whole_specs
-from dtruntime_torch.checkpoint.records import Part, TensorEntry
 from dtruntime_torch.checkpoint.specs import LoadPlan, Shape, TensorSpec
 from dtruntime_torch.errors import CheckpointMismatch, CorruptCheckpoint
 from tests.checkpoint.plan_builders import (

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtruntime_torch.checkpoint import manifest
-from dtruntime_torch.checkpoint.records import ObjectEntry
+from dtruntime_torch.checkpoint.format.records import ObjectEntry
 from dtruntime_torch.checkpoint.specs import Extent, PathKey
 from dtruntime_torch.errors import CorruptCheckpoint, InvalidArgument, NewerFormat
 from tests.checkpoint.bad_bytes import BAD_RECORDS, SOUND, Bad

@@ -12,9 +12,9 @@ import xxhash
 from safetensors.numpy import load
 
 from dtruntime_torch.checkpoint.chunk_reader import check_part, read_entries
+from dtruntime_torch.checkpoint.format.records import Part, PartRef
 from dtruntime_torch.checkpoint.manifest import decode_part
 from dtruntime_torch.checkpoint.names import Attempt
-from dtruntime_torch.checkpoint.records import Part, PartRef
 from dtruntime_torch.checkpoint.shard_file import delete_shard, write_shard
 from dtruntime_torch.errors import InvalidArgument, StorageError
 from dtruntime_torch.storage import LocalBackend, MemoryBackend, run_sync

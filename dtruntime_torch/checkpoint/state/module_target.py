@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import torch
 
-from dtruntime_torch.checkpoint.local_shard import BoxFinder, dtype_name, is_dtensor, local_tensor
-from dtruntime_torch.checkpoint.nest import SavedLeaf
-from dtruntime_torch.checkpoint.records import ObjectEntry
-from dtruntime_torch.checkpoint.stateful import Survey
-from dtruntime_torch.checkpoint.traverse import Node
-from dtruntime_torch.checkpoint.wanted import (
+from dtruntime_torch.checkpoint.format.records import ObjectEntry
+from dtruntime_torch.checkpoint.state.local_shard import BoxFinder, dtype_name, is_dtensor, local_tensor
+from dtruntime_torch.checkpoint.state.nest import SavedLeaf
+from dtruntime_torch.checkpoint.state.stateful import Survey
+from dtruntime_torch.checkpoint.state.traverse import Node
+from dtruntime_torch.checkpoint.state.wanted import (
     Below,
     Loaded,
     Request,

@@ -12,9 +12,7 @@ from collections.abc import Iterable
 
 from dtruntime_torch.checkpoint import names
 from dtruntime_torch.checkpoint.dtypes import is_known, itemsize
-from dtruntime_torch.checkpoint.names import MAX_INTEGER
-from dtruntime_torch.checkpoint.objects import MAX_DEPTH, is_text
-from dtruntime_torch.checkpoint.records import (
+from dtruntime_torch.checkpoint.format.records import (
     Commit,
     FileRef,
     Generation,
@@ -24,7 +22,9 @@ from dtruntime_torch.checkpoint.records import (
     PartRef,
     TensorEntry,
 )
-from dtruntime_torch.checkpoint.strict_json import Newer, Refused
+from dtruntime_torch.checkpoint.format.strict_json import Newer, Refused
+from dtruntime_torch.checkpoint.names import MAX_INTEGER
+from dtruntime_torch.checkpoint.objects import MAX_DEPTH, is_text
 from dtruntime_torch.errors import InvalidArgument
 
 DIGEST_BYTES = 16

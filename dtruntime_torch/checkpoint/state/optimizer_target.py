@@ -12,21 +12,21 @@ from typing import Any
 
 import torch
 
-from dtruntime_torch.checkpoint.fqns import parameters_of
 from dtruntime_torch.checkpoint.load_plan import SavedTensor
-from dtruntime_torch.checkpoint.local_shard import BoxFinder, local_part
-from dtruntime_torch.checkpoint.nest import SavedLeaf, nest
-from dtruntime_torch.checkpoint.optimizer_groups import (
+from dtruntime_torch.checkpoint.specs import Path
+from dtruntime_torch.checkpoint.state.fqns import parameters_of
+from dtruntime_torch.checkpoint.state.local_shard import BoxFinder, local_part
+from dtruntime_torch.checkpoint.state.nest import SavedLeaf, nest
+from dtruntime_torch.checkpoint.state.optimizer_groups import (
     SavedGroup,
     fill_group,
     match_groups,
     saved_groups,
     scalar_device,
 )
-from dtruntime_torch.checkpoint.specs import Path
-from dtruntime_torch.checkpoint.stateful import GROUPS, STATE
-from dtruntime_torch.checkpoint.traverse import Node
-from dtruntime_torch.checkpoint.wanted import Below, Loaded, Request, fill_tensor, needed_box
+from dtruntime_torch.checkpoint.state.stateful import GROUPS, STATE
+from dtruntime_torch.checkpoint.state.traverse import Node
+from dtruntime_torch.checkpoint.state.wanted import Below, Loaded, Request, fill_tensor, needed_box
 
 
 def optimizer_request(node: Node, names: Sequence[str], below: Below, boxes: BoxFinder) -> Request:

@@ -4,11 +4,11 @@
 
 from __future__ import annotations
 
-from dtruntime_torch.checkpoint import checks, strict_json
+from dtruntime_torch.checkpoint.format import checks, strict_json
+from dtruntime_torch.checkpoint.format.records import Commit, Generation, Manifest, PartRef
+from dtruntime_torch.checkpoint.format.strict_json import Fields
 from dtruntime_torch.checkpoint.names import CommitKey
 from dtruntime_torch.checkpoint.objects import Json
-from dtruntime_torch.checkpoint.records import Commit, Generation, Manifest, PartRef
-from dtruntime_torch.checkpoint.strict_json import Fields
 
 
 def manifest_to_json(manifest: Manifest) -> dict[str, Json]:

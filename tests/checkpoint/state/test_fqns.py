@@ -13,8 +13,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
-from dtruntime_torch.checkpoint import fqns
-from dtruntime_torch.checkpoint.fqns import clean_name, named_state, parameter_names
+from dtruntime_torch.checkpoint.state import fqns
+from dtruntime_torch.checkpoint.state.fqns import clean_name, named_state, parameter_names
 from dtruntime_torch.errors import InvalidArgument, UnsupportedType
 from tests.checkpoint.memory_checkpoint import exact
 from tests.checkpoint.optimizers import OPTIMIZERS, make_model, train

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.testing._internal.two_tensor import TwoTensor
 
 from dtruntime_torch.checkpoint.dtypes import is_known
-from dtruntime_torch.checkpoint.local_shard import (
+from dtruntime_torch.checkpoint.state.local_shard import (
     BoxFinder,
     dtype_name,
     is_dtensor,

@@ -8,10 +8,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from dtruntime_torch.checkpoint.flatten import PerRank, flatten_state
+from dtruntime_torch.checkpoint.format.records import ObjectEntry
 from dtruntime_torch.checkpoint.load_plan import SavedState
-from dtruntime_torch.checkpoint.nest import build_state
-from dtruntime_torch.checkpoint.records import ObjectEntry
 from dtruntime_torch.checkpoint.specs import Path, PathKey
+from dtruntime_torch.checkpoint.state.nest import build_state
 from dtruntime_torch.errors import CheckpointMismatch, InvalidArgument
 from tests.checkpoint.memory_checkpoint import checkpoint_of, exact, load_fresh, save
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from dtruntime_torch.checkpoint import objects
-from dtruntime_torch.checkpoint.nest import SavedLeaf, name_in_list, nest
-from dtruntime_torch.checkpoint.records import ObjectEntry
-from dtruntime_torch.checkpoint.stateful import GROUPS
-from dtruntime_torch.checkpoint.wanted import Below
+from dtruntime_torch.checkpoint.format.records import ObjectEntry
+from dtruntime_torch.checkpoint.state.nest import SavedLeaf, name_in_list, nest
+from dtruntime_torch.checkpoint.state.stateful import GROUPS
+from dtruntime_torch.checkpoint.state.wanted import Below
 from dtruntime_torch.errors import CorruptCheckpoint
 
 # These say which parameters a group has, here and now.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dtruntime_torch.checkpoint import objects, strict_json
+from dtruntime_torch.checkpoint import objects
+from dtruntime_torch.checkpoint.format import strict_json
+from dtruntime_torch.checkpoint.format.records import FileRef, ObjectEntry, Part, TensorEntry
+from dtruntime_torch.checkpoint.format.strict_json import Fields, Refused
 from dtruntime_torch.checkpoint.objects import Json
-from dtruntime_torch.checkpoint.records import FileRef, ObjectEntry, Part, TensorEntry
 from dtruntime_torch.checkpoint.specs import Extent, Kind, Path, PathKey
-from dtruntime_torch.checkpoint.strict_json import Fields, Refused
 
 _CONTAINERS: dict[str, Kind] = {"d": "dict", "l": "list", "t": "tuple"}
 _LETTERS = {container: letter for letter, container in _CONTAINERS.items()}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
 from dtruntime_torch.checkpoint.specs import PathKey
-from dtruntime_torch.checkpoint.traverse import PerRank, nodes
+from dtruntime_torch.checkpoint.state.traverse import PerRank, nodes
 from dtruntime_torch.errors import InvalidArgument, UnsupportedType
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.text(max_size=3)

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dtruntime_torch.checkpoint.fqns import clean_name, named_state, parameter_names, parameters_of
-from dtruntime_torch.checkpoint.local_shard import is_dtensor, local_part
 from dtruntime_torch.checkpoint.specs import PathKey
-from dtruntime_torch.checkpoint.traverse import (
+from dtruntime_torch.checkpoint.state.fqns import clean_name, named_state, parameter_names, parameters_of
+from dtruntime_torch.checkpoint.state.local_shard import is_dtensor, local_part
+from dtruntime_torch.checkpoint.state.traverse import (
     Node,
     cannot_replace,
     holds_tensor,

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import torch
 
+from dtruntime_torch.checkpoint.format.records import ObjectEntry
 from dtruntime_torch.checkpoint.load_plan import SavedTensor
-from dtruntime_torch.checkpoint.local_shard import Box, BoxFinder, is_dtensor, local_part
-from dtruntime_torch.checkpoint.nest import SavedLeaf, bytes_of, names_along, nest
-from dtruntime_torch.checkpoint.records import ObjectEntry
 from dtruntime_torch.checkpoint.specs import Shape, TensorSpec
+from dtruntime_torch.checkpoint.state.local_shard import Box, BoxFinder, is_dtensor, local_part
+from dtruntime_torch.checkpoint.state.nest import SavedLeaf, bytes_of, names_along, nest
 
 
 @dataclass(frozen=True, slots=True)
