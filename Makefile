@@ -71,7 +71,7 @@ $(VENV)/torch: FORCE | $(BIN)/python
 $(VENV)/installed: $(VENV)/torch pyproject.toml setup.py $(SOURCES) $(if $(wildcard dtruntime_torch/_C*.so),,FORCE)
 	@echo "==> building the extension and installing the tools"
 	@$(PIP) install 'setuptools>=77.0.3' wheel ninja
-	@$(PIP) install --no-build-isolation --editable '.[dev]'
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-build-isolation --editable '.[dev]'
 	@touch $@
 
 FORCE:

@@ -45,6 +45,11 @@ class CheckpointHook:
         extra: name -> value, or anything with `state_dict` (GradScaler, EMA); belongs to the step like the scheduler.
         seed: for the generators of a rank that the checkpoint does not know.
 
+    Attributes:
+        current_step: optimizer steps done, those before a restore included.
+        last_save: the save that was begun last, or None.
+        stall_seconds: how long saving has kept the loop waiting so far.
+
     Example:
         hook = CheckpointHook(manager, model=model, optimizer=optimizer, sampler=sampler, every_n_steps=100)
         step = hook.restore()

@@ -101,12 +101,13 @@ class CheckpointManager:
         """Takes a snapshot before it returns, and writes and commits it in the background.
 
         Waits first for a save that is still under way. A failure of that one, if nobody asked for its result, is
-        told as a RuntimeWarning.
+        told as a RuntimeWarning; a CommitConflict is raised, since no later save can succeed.
 
         Args:
             state: `{name: module | optimizer | anything with state_dict | value}`, a plain (nested) state dict, or
-                bytes. State that is meant to differ by rank is wrapped in `PerRank`.
-            step: the training step; rises from save to save.
+                bytes. State that is meant to differ by rank is wrapped in `PerRank`; of any other that does, the
+                lowest rank's is kept.
+            step: the training step; rises from save to save, and starts anew in the line that a load begins.
             metadata: JSON that the manifest keeps.
 
         Returns:
@@ -136,6 +137,8 @@ class CheckpointManager:
             CheckpointNotFound: nothing is committed, or not that step.
             CheckpointMismatch: names, shapes or dtypes differ, all of them listed; nothing was changed.
             CorruptCheckpoint: no sound checkpoint is left, or that step is damaged; nothing was changed.
+            NewerFormat: it needs a later version of this package; nothing was changed.
+            LoadFailed: some rank could not read it, or not fill its state.
         """
         self._check_open()
         if isinstance(state, bytes):

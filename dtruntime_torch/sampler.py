@@ -97,6 +97,8 @@ class ElasticDistributedSampler(DistributedSampler[int]):
         try:
             super().__init__(dataset, num_replicas, rank, shuffle, seed, drop_last)
         except ValueError as error:
+            if num_replicas is not None and rank is not None:
+                raise InvalidArgument(f"{error}; num_replicas is {num_replicas}") from error
             raise InvalidArgument(
                 f"{error}: initialise torch.distributed, or give num_replicas and rank"
             ) from error
@@ -273,6 +275,14 @@ class ElasticDistributedSampler(DistributedSampler[int]):
         return _C.permute(self._n, (self.seed % UINT64, epoch), first, stride, count, PERMUTATION_VERSION)
 
 
+_MEANING = {
+    "n": "dataset's length",
+    "seed": "seed",
+    "shuffle": "shuffle",
+    "version": "permutation's version",
+}
+
+
 def _whole(name: str, value: object, low: int) -> int:
     """Returns `value` as an int in [low, 2**64)."""
     try:
@@ -299,7 +309,7 @@ def _checked_position(state: object, mine: SamplerState) -> tuple[int, int]:
             )
         if name not in ("epoch", "consumed") and theirs != value:
             raise InvalidArgument(
-                f"the state's {name} is {theirs} and this sampler's is {value}, so that it stands in another "
-                "order; make the sampler as it was made for that state"
+                f"the state is of a sampler whose {_MEANING[name]} is {theirs}, and this one's is {value}: its position "
+                "means nothing here; make the sampler as it was made for that state, or restore without it"
             )
     return _whole("epoch", state["epoch"], 0), _whole("consumed", state["consumed"], 0)

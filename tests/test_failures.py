@@ -20,7 +20,7 @@ from dtruntime_torch.errors import (
     CommitUnknown,
     CorruptCheckpoint,
     InvalidArgument,
-    LoadFailed,
+    NewerFormat,
     SaveFailed,
 )
 from dtruntime_torch.storage import LocalBackend, MemoryBackend, StorageBackend, run_sync
@@ -352,5 +352,5 @@ def test_a_checkpoint_of_a_later_version_stops_the_load_in_place_of_an_older_one
     # The commit file is of version 2 too; its own version says nothing about what it names.
     path = tmp_path / "model/commits/0001-00000002.json"
     path.write_bytes(path.read_bytes().replace(b'"version":2', b'"version":1'))
-    with dt.CheckpointManager(tmp_path) as manager, pytest.raises(LoadFailed, match="upgrade"):
+    with dt.CheckpointManager(tmp_path) as manager, pytest.raises(NewerFormat, match="upgrade"):
         manager.load(state_of(0))

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import dtruntime_torch as dt
-from dtruntime_torch.errors import CheckpointMismatch, InvalidArgument, LoadFailed
+from dtruntime_torch.errors import CheckpointMismatch, InvalidArgument
 
 
 class Average:
@@ -174,7 +174,7 @@ def test_a_sampler_of_another_dataset_is_refused_before_anything_is_changed():
         sampler=loop.sampler,
         extra={"average": loop.average},
     )
-    with pytest.raises(LoadFailed, match="n is 20"):
+    with pytest.raises(InvalidArgument, match="dataset's length is 20"):
         hook.restore()
     assert loop.weights() == before
 

@@ -223,3 +223,31 @@ def test_a_writer_writes_bytes_and_states_under_any_name(tmp_path):
         assert manager.load_checkpoint("blob", step=1) == b"data"
         loaded = manager.load_checkpoint("net")
     assert isinstance(loaded, dict) and torch.equal(loaded["w"], STATE["w"])
+
+
+def test_an_optimizer_of_another_class_is_a_difference(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    with dt.CheckpointManager(tmp_path) as manager:
+        manager.save({"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}, 1)
+        with pytest.raises(CheckpointMismatch, match="another class"):
+            manager.load({"model": model, "optimizer": torch.optim.AdamW(model.parameters())})
+
+
+def test_a_mistake_in_the_state_of_a_load_is_raised_as_what_it_is(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    with dt.CheckpointManager(tmp_path) as manager:
+        manager.save({"model": model}, 1)
+        with pytest.raises(InvalidArgument):
+            manager.load(model)
+
+
+def test_a_job_that_was_replaced_does_not_train_on_without_saving(tmp_path):
+    with dt.CheckpointManager(tmp_path) as old, dt.CheckpointManager(tmp_path) as new:
+        old.save(STATE, 1)
+        new.load({"w": torch.zeros(6)})
+        new.save(STATE, 2)
+        old.save_async(STATE, 3)
+        with pytest.raises(CommitConflict, match="replaced"):
+            old.save_async(STATE, 4)
+        with pytest.raises(CommitConflict):
+            old.close()

@@ -202,7 +202,7 @@ def test_the_state_is_plain_and_the_same_on_all_ranks() -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"n": 11}, "n is 11"),
+        ({"n": 11}, "length is 11"),
         ({"seed": 1}, "seed is 1"),
         ({"version": 1}, "version is 1"),
         ({"shuffle": False}, "shuffle is False"),

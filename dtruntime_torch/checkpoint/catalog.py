@@ -152,8 +152,11 @@ async def pick(
                 return commit, top
         if step is not None:
             there = sorted({key.step for key in keys})
-            raise CheckpointNotFound(f"there is no checkpoint {name} of step {step}; there are {there[-10:]}")
-        raise CorruptCheckpoint(f"every checkpoint called {name} is damaged; none can be loaded")
+            newest = f"the newest of {len(there)} steps are {there[-10:]}"
+            raise CheckpointNotFound(f"there is no checkpoint {name} of step {step}; {newest}")
+        raise CorruptCheckpoint(
+            f"every checkpoint called {name} is damaged; none can be loaded; `dtruntime verify` lists the damage"
+        )
 
     return await _look(backend, name, choose)
 

@@ -195,9 +195,13 @@ async def _make_sure(
         else:
             return decode(there, path)
         if patience.clock() >= deadline:
-            raise StorageError(f"storage did not say in time if it created {path}: {unknown!r}") from unknown
+            raise StorageError(f"{path} could not be created: {_reason(unknown)}") from unknown
         await patience.sleep(pause)
         pause = min(2 * pause, 2.0)
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or "no answer in time"
 
 
 async def _create_or_find(backend: StorageBackend, path: str, data: bytes, patience: Patience) -> bytes:

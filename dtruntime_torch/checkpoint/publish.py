@@ -117,7 +117,9 @@ class Publisher:
             error: why. Where this rank has arrived already, that stands.
         """
         rank, barrier = self._members.rank, self._members.barrier
-        refusal = SaveFailed(f"rank {rank} takes no part in this save: {errors.to_record(error)['message']}")
+        message = errors.to_record(error)["message"]
+        # On what other ranks say, the barrier puts who they are.
+        refusal = SaveFailed(message if rank else f"rank 0 takes no part in this save: {message}")
         try:
             barrier.decline(f"{key}/groups", refusal)
             if rank == 0:

@@ -24,7 +24,14 @@ from dtruntime_torch.checkpoint.load_plan import SavedState, whole_specs
 from dtruntime_torch.checkpoint.manifest import Commit
 from dtruntime_torch.checkpoint.names import CommitKey
 from dtruntime_torch.checkpoint.targets import Targets, Wanted, bind_targets, build_state
-from dtruntime_torch.errors import CheckpointMismatch, CorruptCheckpoint, Damage, LoadFailed, NotFound
+from dtruntime_torch.errors import (
+    CheckpointMismatch,
+    CorruptCheckpoint,
+    Damage,
+    InvalidArgument,
+    LoadFailed,
+    NotFound,
+)
 from dtruntime_torch.membership import Membership
 from dtruntime_torch.storage import StorageBackend, run_sync
 
@@ -76,7 +83,7 @@ def load(
         CheckpointNotFound: nothing is committed, or not that step.
         CorruptCheckpoint: no sound checkpoint is left, or that step is damaged.
         CheckpointMismatch: names, shapes or dtypes differ from the state's; nothing was changed.
-        LoadFailed: a rank failed for another reason.
+        LoadFailed: ranks failed for other reasons. Where all of them raised one error of ours, it is raised as such.
     """
     with _warning_later(speak=members.rank == 0) as notes:
         rejected: set[CommitKey] = set()
@@ -125,7 +132,7 @@ def _load_one(
     picked = json.loads(barrier.announce(f"{key}/pick", lambda: _pick(backend, name, step, rejected)))
     commit, newest = Commit(**picked["commit"]), CommitKey(*picked["newest"])
     with _declining(barrier, f"{key}/read"):
-        mine = _attempt(backend, commit, members.rank, state, step)
+        mine = _attempt(backend, commit, members.rank, state, step, picked["asked"])
     report = json.dumps(mine.report).encode()
     answer = barrier.meet(f"{key}/read", report, lambda values: _judge(backend, name, commit, values))
     verdict = json.loads(answer)
@@ -136,7 +143,7 @@ def _load_one(
     if verdict["verdict"] == "differs":
         raise CheckpointMismatch(verdict["message"])
     if verdict["verdict"] == "failed":
-        raise LoadFailed(verdict["message"]) from mine.error
+        raise errors.from_record(verdict, LoadFailed) from mine.error
     if verdict["verdict"] == "older":
         _reject(commit, step, rejected, notes, verdict["message"], [Damage(**d) for d in verdict["damage"]])
     return None
@@ -186,14 +193,16 @@ def _pick(backend: StorageBackend, name: str, step: int | None, rejected: Set[Co
     """Chooses the newest commit that was not rejected; on the leader."""
     step = None if step is None else check_step(step)
     commit, newest = run_sync(catalog.pick(backend, name, step, rejected))
-    return json.dumps({"commit": asdict(commit), "newest": newest}).encode()
+    return json.dumps({"commit": asdict(commit), "newest": newest, "asked": step}).encode()
 
 
-def _attempt(backend: StorageBackend, commit: Commit, rank: int, state: object, step: object) -> Attempted:
+def _attempt(
+    backend: StorageBackend, commit: Commit, rank: int, state: object, step: object, asked: int | None
+) -> Attempted:
     """Reads and checks what this rank needs; whatever goes wrong becomes its report."""
     try:
-        if step is not None:
-            check_step(step)
+        if (None if step is None else check_step(step)) != asked:
+            raise InvalidArgument(f"it asks for step {step}, rank 0 for {asked}; give all ranks the same")
         targets = bind_targets(state)
         contents = run_sync(read_contents(backend, commit, rank, targets.want))
         if not contents.wanted.differences:
@@ -202,8 +211,8 @@ def _attempt(backend: StorageBackend, commit: Commit, rank: int, state: object, 
         damage = [asdict(d) for d in error.damage]
         return Attempted({"kind": "damaged", "message": str(error), "damage": damage}, error=error)
     except Exception as error:
-        logger.exception("the checkpoint of step %d could not be read", commit.step)
-        return Attempted({"kind": "failed", "message": errors.to_record(error)["message"]}, error=error)
+        logger.debug("step %d could not be loaded", commit.step, exc_info=True)
+        return Attempted({"kind": "failed", **errors.to_record(error)}, error=error)
     report = {
         "kind": "differs" if contents.wanted.differences else "sound",
         "differences": contents.wanted.differences,
@@ -220,7 +229,9 @@ def _judge(backend: StorageBackend, name: str, commit: Commit, values: Sequence[
     ]
     damaged = [report for report in reports if report["kind"] == "damaged"]
     if failed:
-        return _verdict("failed", f"step {commit.step} of {name} could not be loaded: {'; '.join(failed)}")
+        kinds = {report["type"] for report in reports if report["kind"] == "failed"}
+        message = f"step {commit.step} of {name} could not be loaded: {'; '.join(failed)}"
+        return _verdict("failed", message, kind=kinds.pop() if len(kinds) == 1 else "")
     if damaged:
         if not run_sync(_is_committed(backend, name, commit)):
             return _verdict("again")
@@ -229,7 +240,10 @@ def _judge(backend: StorageBackend, name: str, commit: Commit, values: Sequence[
     differences = _differences(reports)
     if differences:
         lines = "\n  ".join(differences)
-        return _verdict("differs", f"step {commit.step} of {name} does not fit the state:\n  {lines}")
+        advice = "to take a part of it, use load_checkpoint() and load_state_dict(strict=False)"
+        return _verdict(
+            "differs", f"step {commit.step} of {name} does not fit the state ({advice}):\n  {lines}"
+        )
     return _verdict("apply")
 
 
@@ -240,8 +254,9 @@ def _differences(reports: Sequence[dict[str, Any]]) -> list[str]:
     return [*lines, *(f"{fqn}: in the checkpoint, not in the state" for fqn in sorted(unexpected))]
 
 
-def _verdict(verdict: str, message: str = "", damage: Sequence[dict[str, Any]] = ()) -> bytes:
-    return json.dumps({"verdict": verdict, "message": message, "damage": list(damage)}).encode()
+def _verdict(verdict: str, message: str = "", damage: Sequence[dict[str, Any]] = (), kind: str = "") -> bytes:
+    record = {"verdict": verdict, "type": kind, "message": message, "damage": list(damage)}
+    return json.dumps(record).encode()
 
 
 async def _is_committed(backend: StorageBackend, name: str, commit: Commit) -> bool:

@@ -27,7 +27,7 @@ from dtruntime_torch.checkpoint.publish import Publisher, Snapshot
 from dtruntime_torch.checkpoint.save_plan import make_save_plan
 from dtruntime_torch.checkpoint.specs import FlatSpecs, SavePlan
 from dtruntime_torch.checkpoint.staging import stage
-from dtruntime_torch.errors import BarrierTimeout
+from dtruntime_torch.errors import BarrierTimeout, CommitConflict
 from dtruntime_torch.membership import Membership
 from dtruntime_torch.storage import StorageBackend
 
@@ -81,7 +81,7 @@ class Saver:
         key = self._next_key()
         with self._declining(key):
             self.wait()
-            self._warn_of_failure()
+            self._tell_of_failure()
             metrics.wait_seconds = time.perf_counter() - began
             snapshot = self._take(key, state, check_step(step), check_metadata(metadata), metrics)
             future = self._executor.submit(self._publish, snapshot)
@@ -193,10 +193,13 @@ class Saver:
             if not isinstance(error, BarrierTimeout) or error.decided:
                 # The ranks may have come to differ in structure: the next save asks all of them again.
                 self._structure = None
-            logger.error("the save of step %d failed: %s", snapshot.step, error)
+            logger.error("a save failed: %s", error)
             raise
 
-    def _warn_of_failure(self) -> None:
+    def _tell_of_failure(self) -> None:
         failure = self._handle.unseen_failure() if self._handle is not None else None
+        if isinstance(failure, CommitConflict):
+            # It will not get better: this job was replaced, and what it goes on to do would be lost.
+            raise failure
         if failure is not None:
             warnings.warn(f"the save before this one failed: {failure}", RuntimeWarning, stacklevel=4)

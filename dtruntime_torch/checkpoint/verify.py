@@ -72,7 +72,7 @@ async def find_commit(backend: StorageBackend, name: str, step: int | None = Non
         if step in (None, key.step) and await is_committed(backend, name, key):
             return key
     which = "" if step is None else f" of step {step}"
-    raise CheckpointNotFound(f"there is no checkpoint {name}{which} here")
+    raise CheckpointNotFound(f"there is no checkpoint {name}{which}; `dtruntime ls` lists what there is")
 
 
 async def verify(

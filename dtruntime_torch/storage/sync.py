@@ -51,11 +51,15 @@ def run_sync(coroutine: Coroutine[object, object, Result]) -> Result:
         >>> run_sync(answer())
         42
     """
+    return _run_in_new_thread(coroutine) if _is_loop_running() else _run_in_new_loop(coroutine)
+
+
+def _is_loop_running() -> bool:
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return _run_in_new_loop(coroutine)
-    return _run_in_new_thread(coroutine)
+        return False
+    return True
 
 
 def _run_in_new_thread(coroutine: Coroutine[object, object, Result]) -> Result:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dtruntime_torch.checkpoint.info import CheckpointInfo
-from dtruntime_torch.errors import BarrierTimeout, LoadFailed
+from dtruntime_torch.errors import BarrierTimeout, InvalidArgument, LoadFailed
 from dtruntime_torch.storage import MemoryBackend
 from dtruntime_torch.testing.faulty_backend import FaultyBackend, flipped
 from tests.checkpoint.thread_ranks import Rank, make_ranks, together
@@ -86,3 +86,11 @@ def test_a_state_that_one_rank_cannot_fill_is_filled_on_none(odd):
     results = together(*[partial(rank.load, state) for rank, state in zip(ranks, states, strict=True)])
     assert all(isinstance(result, LoadFailed) and f"rank {odd}" in str(result) for result in results)
     assert not any(state["w"].any() for state in states)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("asked", [(1, 2), (None, 2), (1, None)])
+def test_ranks_that_ask_for_different_steps_are_told(asked):
+    _, ranks, states = two_steps()
+    loads = [partial(rank.load, state, step) for rank, state, step in zip(ranks, states, asked, strict=True)]
+    assert all(isinstance(result, InvalidArgument) and "rank 1" in str(result) for result in together(*loads))
+    assert not any(tensor.any() for state in states for tensor in state.values())

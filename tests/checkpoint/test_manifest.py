@@ -147,7 +147,7 @@ def test_a_record_with_any_json_in_a_field_is_sound_or_the_one_error(kind, data)
     target[key] = data.draw(_WILD)
     try:
         decoded = DECODERS[kind](json.dumps(record).encode(), "file.json")
-    except CorruptCheckpoint:
+    except (CorruptCheckpoint, NewerFormat):
         return
     assert DECODERS[kind](ENCODERS[kind](decoded), "file.json") == decoded
 

@@ -154,7 +154,7 @@ def test_what_is_not_committed_is_not_found(backend: MemoryBackend) -> None:
     with pytest.raises(CheckpointNotFound):
         check(backend)
     saved = save(backend)
-    with pytest.raises(CheckpointNotFound, match="of step 7 "):
+    with pytest.raises(CheckpointNotFound, match="of step 7;"):
         run_sync(find_commit(backend, "model", 7))
     with pytest.raises(CheckpointNotFound, match="step 100 in generation 3"):
         check(backend, CommitKey(3, 100))

@@ -32,9 +32,9 @@ class Rank:
     def save(self, state: object, step: object, metadata: object = None) -> CheckpointInfo:
         return self.saver.start(state, step, metadata).result()
 
-    def load(self, state: object) -> CheckpointInfo:
+    def load(self, state: object, step: int | None = None) -> CheckpointInfo:
         self.loads += 1
-        loaded = restore.load(self.backend, "model", self.members, state, None, f"load/{self.loads}")
+        loaded = restore.load(self.backend, "model", self.members, state, step, f"load/{self.loads}")
         self.lineage.follow(loaded.info.key, loaded.newest)
         return loaded.info
 

@@ -80,7 +80,9 @@ def test_a_step_that_is_not_there_is_an_error_of_one_line(tmp_path: Path, backen
     result = verify(tmp_path / "model", "--step", 7)
     assert result.exit_code == 2
     assert result.stdout == ""
-    assert result.stderr == "error: there is no checkpoint model of step 7 here\n"
+    assert (
+        result.stderr == "error: there is no checkpoint model of step 7; `dtruntime ls` lists what there is\n"
+    )
 
 
 @pytest.mark.parametrize("arguments", [[], ["--step", "x", "."], ["--step", "-1", "."], ["--no-such", "."]])

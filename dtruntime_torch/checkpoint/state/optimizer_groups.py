@@ -21,6 +21,8 @@ from dtruntime_torch.errors import CorruptCheckpoint
 
 # These say which parameters a group has, here and now.
 _MEMBERSHIP = ("params", "param_names")
+# Schedulers put these into groups of any optimizer.
+_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,36 @@ def match_groups(
                 f"{fqn}.{GROUPS}{positions}: their parameters {_some(group.params)} are in one group in the checkpoint"
             )
     return matches, differences
+
+
+def foreign_options(
+    fqn: str,
+    own: Sequence[Mapping[str, Any]],
+    defaults: Mapping[str, Any],
+    matches: Sequence[Sequence[SavedGroup]],
+) -> list[str]:
+    """Says where a group of the checkpoint belongs to an optimizer of another class.
+
+    A later torch may add options to a class, an earlier one may lack some; of another class it is only if each side
+    has options that the other lacks.
+
+    Args:
+        fqn: name of the optimizer.
+        own: its groups.
+        defaults: the options of its class.
+        matches: for each of its groups those of the checkpoint.
+    """
+    differences = []
+    for position, (group, saved) in enumerate(zip(own, matches, strict=True)):
+        if not saved:
+            continue
+        theirs = sorted(saved[0].options.keys() - group.keys() - _SCHEDULERS)
+        ours = sorted(defaults.keys() - saved[0].options.keys())
+        if theirs and ours:
+            differences.append(
+                f"{fqn}.{GROUPS}[{position}]: checkpoint {theirs}, state {ours}: is it an optimizer of another class?"
+            )
+    return differences
 
 
 def _belong_together(group: SavedGroup, names: Sequence[str]) -> bool:

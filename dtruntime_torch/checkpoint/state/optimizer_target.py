@@ -20,6 +20,7 @@ from dtruntime_torch.checkpoint.state.nest import SavedLeaf, nest
 from dtruntime_torch.checkpoint.state.optimizer_groups import (
     SavedGroup,
     fill_group,
+    foreign_options,
     match_groups,
     saved_groups,
     scalar_device,
@@ -43,6 +44,7 @@ def optimizer_request(node: Node, names: Sequence[str], below: Below, boxes: Box
     states, in_groups, others = _sort(below)
     saved = saved_groups(in_groups, depth)
     matches, differences = match_groups(node.fqn, _by_group(optimizer, names), saved)
+    differences += foreign_options(node.fqn, optimizer.param_groups, optimizer.defaults, matches)
     request = Request(differences=differences, unexpected=[leaf.fqn for leaf in others])
     matched = {id(group): group for groups in matches for group in groups}
     request.unexpected += [
