@@ -55,12 +55,19 @@ help:
 # The set-up in three steps. Each leaves a file that is newer than all that the step was made from, so that a
 # step is done again only when that changed. Python sources need no step: the install is editable.
 
+# Stops with one sentence if the machine lacks something.
+check_machine = $(eval LACKS := $(shell scripts/check_machine.sh '$(PYTHON)' '$(CXX)'))$(if $(LACKS),$(error $(LACKS)))
+
 # A .venv knows its own place: in a folder that was moved or copied it is made anew.
 $(BIN)/python: $(if $(filter $(CURDIR),$(shell cat $(VENV)/made-in 2>/dev/null)),,FORCE)
-	$(eval LACKS := $(shell scripts/check_machine.sh '$(PYTHON)' '$(CXX)'))$(if $(LACKS),$(error $(LACKS)))
+	$(check_machine)
 	@echo "==> making $(VENV) with $(PYTHON)"
 	@$(PYTHON) -m venv --clear $(VENV)
 	@echo '$(CURDIR)' > $(VENV)/made-in
+
+ifeq ($(strip $(TORCH)),)
+$(error TORCH is empty: leave it out for the pinned torch, or name a requirement, as in TORCH=torch==2.13.0)
+endif
 
 # Holds the requirement that was installed: another TORCH=... installs that.
 $(VENV)/torch: FORCE | $(BIN)/python
@@ -69,6 +76,7 @@ $(VENV)/torch: FORCE | $(BIN)/python
 		set -f && $(PIP) install $$TORCH && echo "$$TORCH" > $@; }
 
 $(VENV)/installed: $(VENV)/torch pyproject.toml setup.py $(SOURCES) $(if $(wildcard dtruntime_torch/_C*.so),,FORCE)
+	$(check_machine)
 	@echo "==> building the extension and installing the tools"
 	@$(PIP) install 'setuptools>=77.0.3' wheel ninja
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-build-isolation --editable '.[dev]'
