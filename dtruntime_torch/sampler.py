@@ -90,7 +90,12 @@ class ElasticDistributedSampler(DistributedSampler[int]):
         seed: int = 0,
         drop_last: bool = False,
     ) -> None:
-        self._n = len(cast(Sequence[object], dataset))
+        try:
+            self._n = len(cast(Sequence[object], dataset))
+        except TypeError as error:
+            raise InvalidArgument(
+                f"the dataset has no length, so its samples have no order: {error}"
+            ) from error
         if self._n == 0:
             raise InvalidArgument("the dataset has no samples; give the sampler one that has")
         seed = _whole("seed", seed, -UINT64 // 2)

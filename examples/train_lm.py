@@ -133,6 +133,10 @@ class Log:
 def main() -> None:
     """Trains on this rank, from the newest checkpoint on."""
     args = parse()
+    if "LOCAL_RANK" not in os.environ:
+        raise SystemExit(
+            f"start it with torchrun: torchrun --nproc-per-node 2 {__file__} --checkpoints FOLDER"
+        )
     local_rank = int(os.environ["LOCAL_RANK"])
     on_gpu = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")

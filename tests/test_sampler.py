@@ -262,3 +262,8 @@ def test_a_bad_seed_is_refused(seed: object) -> None:
 def test_a_copy_goes_on_where_the_original_stands() -> None:
     sampler = at(4, 10, 2, 1)
     assert list(copy.deepcopy(sampler)) == list(sampler)
+
+
+def test_a_dataset_without_a_length_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match="no length"):
+        ElasticDistributedSampler(iter([]), num_replicas=1, rank=0)  # type: ignore[arg-type]
