@@ -15,12 +15,12 @@ from typing_extensions import Buffer
 from dtruntime_torch import _C
 from dtruntime_torch.checkpoint.format.records import FileRef, Part
 from dtruntime_torch.checkpoint.read_requests import Piece, Request, pieces_by_file, requests_for, split_at
+from dtruntime_torch.checkpoint.specs import DIGEST_BYTES, digest_length
 from dtruntime_torch.errors import Damage, NotFound, StorageError
 from dtruntime_torch.storage.backend import StorageBackend
 from dtruntime_torch.storage.sync import in_thread
 
 REQUESTS_AT_A_TIME = 2
-DIGEST_BYTES = 16
 
 
 async def read_entries(
@@ -121,7 +121,7 @@ class _Reader:
         for piece, place in zip(pieces, places, strict=True):
             entry, target = self._part.tensors[piece.entry], self._wanted[piece.entry]
             first = piece.start // chunk_bytes * DIGEST_BYTES
-            size = -(-piece.length // chunk_bytes) * DIGEST_BYTES
+            size = digest_length(piece.length, chunk_bytes)
             expected, actual = entry.digests[first : first + size], found[done : done + size]
             done += size
             if expected != actual:

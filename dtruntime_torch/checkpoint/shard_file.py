@@ -17,11 +17,9 @@ from dtruntime_torch.checkpoint.names import (
     shard_file_name,
 )
 from dtruntime_torch.checkpoint.objects import Json
-from dtruntime_torch.checkpoint.specs import Extent, SavePlan
+from dtruntime_torch.checkpoint.specs import Extent, SavePlan, digest_length
 from dtruntime_torch.errors import InvalidArgument
 from dtruntime_torch.storage.backend import StorageBackend
-
-DIGEST_BYTES = 16
 
 
 async def write_shard(
@@ -105,7 +103,7 @@ async def delete_shard(
 
 
 def _check(layout: Layout, image: memoryview, digests: bytes, chunk_bytes: int) -> None:
-    expected = sum(_digest_length(slot, chunk_bytes) for slot in layout.slots)
+    expected = sum(digest_length(slot.nbytes, chunk_bytes) for slot in layout.slots)
     if image.nbytes != layout.length or len(digests) != expected:
         raise InvalidArgument(
             f"an image of {image.nbytes} bytes with {len(digests)} bytes of digests does not fit a layout of "
@@ -119,7 +117,7 @@ def _tensor_entries(layout: Layout, digests: bytes, chunk_bytes: int) -> tuple[T
     """One entry for each slot, in the order of the state."""
     entries, start = [], 0
     for slot in layout.slots:
-        stop = start + _digest_length(slot, chunk_bytes)
+        stop = start + digest_length(slot.nbytes, chunk_bytes)
         entries.append(_tensor_entry(slot, digests[start:stop]))
         start = stop
     return tuple(sorted(entries, key=lambda entry: entry.index))
@@ -142,7 +140,3 @@ def _tensor_entry(slot: Slot, digests: bytes) -> TensorEntry:
         extents=(Extent(0, slot.offset, slot.nbytes),) if slot.nbytes else (),
         digests=digests,
     )
-
-
-def _digest_length(slot: Slot, chunk_bytes: int) -> int:
-    return DIGEST_BYTES * -(-slot.nbytes // chunk_bytes)

@@ -15,6 +15,18 @@ from dtruntime_torch.checkpoint.dtypes import itemsize
 Shape = tuple[int, ...]
 Kind = Literal["dict", "list", "tuple"]
 
+DIGEST_BYTES = 16
+
+
+def digest_length(nbytes: int, chunk_bytes: int) -> int:
+    """Bytes of the digests of all chunks of a tensor.
+
+    Example:
+        >>> digest_length(nbytes=4097, chunk_bytes=4096)
+        32
+    """
+    return DIGEST_BYTES * -(-nbytes // chunk_bytes)
+
 
 @dataclass(frozen=True, slots=True)
 class PathKey:

@@ -13,8 +13,7 @@ import torch
 
 from dtruntime_torch import _C
 from dtruntime_torch.checkpoint.layout import Layout, Slot
-
-DIGEST_BYTES = 16
+from dtruntime_torch.checkpoint.specs import digest_length
 
 
 def stage(arena: _C.Arena, layout: Layout, tensors: Mapping[str, torch.Tensor], chunk_bytes: int) -> bytes:
@@ -85,7 +84,7 @@ def _copy_by_torch(
 def _by_name(slots: Sequence[Slot], digests: bytes, chunk_bytes: int) -> dict[str, bytes]:
     named, start = {}, 0
     for slot in slots:
-        stop = start + DIGEST_BYTES * -(-slot.nbytes // chunk_bytes)
+        stop = start + digest_length(slot.nbytes, chunk_bytes)
         named[slot.item.name] = digests[start:stop]
         start = stop
     return named

@@ -25,9 +25,9 @@ from dtruntime_torch.checkpoint.format.records import (
 from dtruntime_torch.checkpoint.format.strict_json import Newer, Refused
 from dtruntime_torch.checkpoint.names import MAX_INTEGER
 from dtruntime_torch.checkpoint.objects import MAX_DEPTH, is_text
+from dtruntime_torch.checkpoint.specs import DIGEST_BYTES, digest_length
 from dtruntime_torch.errors import InvalidArgument
 
-DIGEST_BYTES = 16
 HEADER_ALIGNMENT = 64
 MAX_DIMENSIONS = 64
 FEATURES: frozenset[str] = frozenset()  # that this version knows of those in `requires`: none are needed yet
@@ -176,9 +176,12 @@ def _check_tensor(tensor: TensorEntry, part: Part) -> None:
     _check_box(tensor)
     bytes_like = tensor.dtype == "uint8" and len(tensor.shape) == 1
     _require(bytes_like or not tensor.is_bytes, f"{fqn!r} is bytes and no 1-d uint8")
-    chunks = -(-tensor.nbytes // part.chunk_bytes)
-    digested = len(tensor.digests) == DIGEST_BYTES * chunks
-    _require(digested, f"{fqn!r} has {chunks} chunks and {len(tensor.digests)} bytes of digests")
+    expected = digest_length(tensor.nbytes, part.chunk_bytes)
+    chunks = expected // DIGEST_BYTES
+    _require(
+        len(tensor.digests) == expected,
+        f"{fqn!r} has {chunks} chunks and {len(tensor.digests)} bytes of digests",
+    )
     _check_extents_of(tensor, part)
 
 
