@@ -46,9 +46,10 @@ def native_module() -> Extension:
     # torch and a new torch needs no rebuild.
     extension.libraries = []
     extension.library_dirs = []
-    cuda_sources = sorted(glob("csrc/cuda/*.cu"))
-    if CUDA_HOME and cuda_sources:
-        with_cuda(extension, cuda_sources, Path(CUDA_HOME))
+    if CUDA_HOME:
+        with_cuda(extension, sorted(glob("csrc/cuda/*.cu")), Path(CUDA_HOME))
+    else:
+        extension.sources.append("csrc/cuda/absent.cpp")
     return extension
 
 

@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "dtruntime_torch"
 CORE = ROOT / "csrc" / "core"
+CUDA = ROOT / "csrc" / "cuda"
 BINDINGS = ROOT / "csrc" / "bindings"
 
 # A layer is a list of steps. A module imports only from lower steps, of its own layer or of lower ones, also inside
@@ -61,8 +62,9 @@ STANDARD_HEADER = re.compile(r"[a-z_0-9]+")
 POSIX_HEADERS = {
     "fcntl.h", "linux/fs.h", "pthread.h", "signal.h", "sys/mman.h", "sys/stat.h", "sys/syscall.h", "unistd.h",
 }  # fmt: skip
+CUDA_HEADERS = {"cuda_runtime.h"}
 # pybind11 comes with torch, and is all of torch that is included. build_info names CUDA's version.
-BINDINGS_HEADER = re.compile(r"Python\.h|pybind11/[a-z_0-9/]+\.h|cuda_runtime_api\.h")
+BINDINGS_HEADER = re.compile(r"Python\.h|cxxabi\.h|unistd\.h|pybind11/[a-z_0-9/]+\.h|cuda_runtime_api\.h")
 
 
 def modules() -> dict[str, Path]:
@@ -133,7 +135,7 @@ def includes(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def native_sources(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix in {".h", ".cpp"})
+    return sorted(path for path in folder.rglob("*") if path.suffix in {".h", ".cpp", ".cu"})
 
 
 def relative(path: Path) -> str:
@@ -216,17 +218,28 @@ def test_the_core_includes_only_the_core_and_the_standard_library(path):
             assert STANDARD_HEADER.fullmatch(name) or name in POSIX_HEADERS, name
 
 
-@pytest.mark.parametrize("path", native_sources(BINDINGS), ids=relative)
-def test_the_bindings_include_the_core_and_python_but_not_torch(path):
+@pytest.mark.parametrize("path", native_sources(CUDA), ids=relative)
+def test_the_device_code_includes_the_core_and_the_cuda_runtime(path):
     for mark, name in includes(path):
         if mark == '"':
-            assert (path.parent / name).resolve().parent in (CORE, BINDINGS), name
+            assert (path.parent / name).resolve().parent in (CORE, CUDA), name
+        else:
+            assert STANDARD_HEADER.fullmatch(name) or name in CUDA_HEADERS, name
+
+
+@pytest.mark.parametrize("path", native_sources(BINDINGS), ids=relative)
+def test_the_bindings_include_core_cuda_and_python_but_not_torch(path):
+    for mark, name in includes(path):
+        if mark == '"':
+            assert (path.parent / name).resolve().parent in (CORE, CUDA, BINDINGS), name
         else:
             assert STANDARD_HEADER.fullmatch(name) or BINDINGS_HEADER.fullmatch(name), name
 
 
 def test_there_is_no_other_room_in_csrc():
-    assert native_sources(ROOT / "csrc") == native_sources(BINDINGS) + native_sources(CORE)
+    assert native_sources(ROOT / "csrc") == sorted(
+        native_sources(BINDINGS) + native_sources(CORE) + native_sources(CUDA)
+    )
     assert native_sources(CORE) and native_sources(BINDINGS)
 
 

@@ -1,6 +1,10 @@
+#include <cxxabi.h>
+#include <unistd.h>
+
 #include <cerrno>
 #include <cstring>
 #include <limits>
+#include <stdexcept>
 
 #include "bindings.h"
 
@@ -23,6 +27,8 @@ void raise_if_failed(const Status& status, PyObject* path, PyObject* target) {
       throw py::value_error(where + status.what);
     case Code::kEndOfFile:
       raise(PyExc_EOFError, py::make_tuple(where + status.what));
+    case Code::kDevice:
+      throw std::runtime_error(where + status.what);
     case Code::kSystem:
       if (status.error == ENOMEM) raise(PyExc_MemoryError, py::make_tuple(where + status.what));
       const std::string text = std::string(std::strerror(status.error)) + " (" + status.what + ")";
@@ -33,6 +39,16 @@ void raise_if_failed(const Status& status, PyObject* path, PyObject* target) {
           target ? py::reinterpret_borrow<py::object>(target) : none);
       PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
       throw py::error_already_set();
+  }
+}
+
+void take_gil(PyThreadState* state) {
+  try {
+    PyEval_RestoreThread(state);
+  } catch (abi::__forced_unwind&) {
+    // The interpreter is gone and ends threads that come back to it, up to Python 3.13 by unwinding their
+    // stack. Destructors there would touch Python objects: the thread sleeps instead until the process ends.
+    for (;;) pause();
   }
 }
 

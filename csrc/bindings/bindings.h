@@ -7,6 +7,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "../core/arena.h"
@@ -44,8 +45,25 @@ class Buffer {
   Py_buffer view_;
 };
 
-// Throws the Python error for a failure: ValueError, EOFError, MemoryError or OSError(errno, text, path).
-// `path` may be null; with `target` it becomes the OSError's filename2.
+// Takes the GIL back, or never returns if the interpreter has ended meanwhile.
+void take_gil(PyThreadState* state);
+
+// Calls work() without the GIL and returns what it returned. work() throws nothing.
+template <typename Work>
+auto without_gil(Work&& work) {
+  PyThreadState* const state = PyEval_SaveThread();
+  if constexpr (std::is_void_v<decltype(work())>) {
+    work();
+    take_gil(state);
+  } else {
+    auto result = work();
+    take_gil(state);
+    return result;
+  }
+}
+
+// Throws the Python error for a failure: ValueError, EOFError, MemoryError, RuntimeError (the accelerator's)
+// or OSError(errno, text, path). `path` may be null; with `target` it becomes the OSError's filename2.
 void raise_if_failed(const Status& status, PyObject* path = nullptr, PyObject* target = nullptr);
 
 // What Python calls an Arena. Views of it keep it alive and are counted in `exports`, under the GIL.

@@ -29,18 +29,13 @@ size_t check_chunk_bytes(int64_t chunk_bytes) {
 // nobody sees the object yet.
 template <typename Fill>
 py::bytes make_digests(std::span<const Range> ranges, size_t nbytes, size_t chunk_bytes, Fill fill) {
-  size_t chunks = 0;
-  raise_if_failed(count_chunks(ranges, nbytes, chunk_bytes, &chunks));
+  raise_if_failed(check_ranges(ranges, nbytes, chunk_bytes));
+  const size_t chunks = ChunkList(ranges, chunk_bytes).size();
   auto digests = py::reinterpret_steal<py::bytes>(
       PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(chunks * kXxh3DigestBytes)));
   if (!digests) throw py::error_already_set();
   auto* target = reinterpret_cast<uint8_t*>(PyBytes_AS_STRING(digests.ptr()));
-  Status status;
-  {
-    py::gil_scoped_release unlocked;
-    status = fill(target);
-  }
-  raise_if_failed(status);
+  raise_if_failed(without_gil([&] { return fill(target); }));
   return digests;
 }
 

@@ -13,12 +13,7 @@ void py_write_file(py::object path, py::iterable data, int64_t threads, bool dir
   std::deque<Buffer> buffers;  // a deque: a pinned view must not move
   std::vector<std::span<const uint8_t>> runs;
   for (py::handle object : data) runs.push_back(buffers.emplace_back(object).bytes());
-  Status status;
-  {
-    py::gil_scoped_release unlocked;
-    status = write_file(name.c_str(), runs, count, direct);
-  }
-  raise_if_failed(status, path.ptr());
+  raise_if_failed(without_gil([&] { return write_file(name.c_str(), runs, count, direct); }), path.ptr());
 }
 
 std::unique_ptr<ArenaObject> py_read_file(py::object path, int64_t offset, int64_t length, int64_t threads,
@@ -28,24 +23,17 @@ std::unique_ptr<ArenaObject> py_read_file(py::object path, int64_t offset, int64
   const size_t nbytes = check_size(length, "length");
   const unsigned count = check_threads(threads);
   auto object = std::make_unique<ArenaObject>();
-  Status status;
-  {
-    py::gil_scoped_release unlocked;
-    status = read_file(name.c_str(), start, nbytes, count, direct, object->arena);
-  }
-  raise_if_failed(status, path.ptr());
+  raise_if_failed(
+      without_gil([&] { return read_file(name.c_str(), start, nbytes, count, direct, object->arena); }),
+      path.ptr());
   return object;
 }
 
 void py_rename_noreplace(py::object source, py::object target) {
   const std::string from = path_bytes(source);
   const std::string to = path_bytes(target);
-  Status status;
-  {
-    py::gil_scoped_release unlocked;
-    status = rename_noreplace(from.c_str(), to.c_str());
-  }
-  raise_if_failed(status, source.ptr(), target.ptr());
+  raise_if_failed(without_gil([&] { return rename_noreplace(from.c_str(), to.c_str()); }), source.ptr(),
+                  target.ptr());
 }
 
 }  // namespace

@@ -27,15 +27,13 @@ py::list permute(int64_t n, const Key& key, int64_t start, int64_t stride, int64
   const uint64_t length = check_size(n, "n");
   const uint64_t first = check_size(start, "start");
   const uint64_t step = check_size(stride, "stride");
-  std::vector<uint64_t> values;
   check_positions(length, first, step, check_size(count, "count"));
-  {
-    py::gil_scoped_release unlocked;
-    values.resize(static_cast<size_t>(count));
-    if (!values.empty()) {
+  std::vector<uint64_t> values(static_cast<size_t>(count));
+  if (!values.empty()) {
+    without_gil([&] {
       const Permutation permutation(length, key.first, key.second);
       for (size_t i = 0; i < values.size(); ++i) values[i] = permutation(first + i * step);
-    }
+    });
   }
   py::list result(values.size());
   for (size_t i = 0; i < values.size(); ++i) {
