@@ -28,8 +28,11 @@ class Arena:
     """Host memory that starts at a page (4096 bytes) and is reused, save after save.
 
     It offers its bytes through the buffer protocol, writable: `memoryview(arena)`, `numpy.frombuffer(arena)`,
-    `torch.frombuffer(arena, dtype=torch.uint8)`. Each such view keeps the memory alive; it goes back to the
-    system when the arena and the last view are gone. Fresh memory is zero.
+    `torch.frombuffer(memoryview(arena), dtype=torch.uint8)`. Each such view keeps the memory alive and from
+    being resized; it goes back to the system when the arena and the last view are gone. (torch lets go of the
+    buffer and keeps the object: a tensor made from the arena itself keeps it alive, but not from being
+    resized.) Fresh memory is zero. From 4 MiB on it starts at 2 MiB and lies in huge pages where the kernel
+    gives them.
 
     Example:
         >>> from dtruntime_torch._C import Arena
@@ -39,12 +42,71 @@ class Arena:
         >>> memoryview(arena)[:3] = b"abc"
     """
 
-    def __init__(self, nbytes: int) -> None:
-        """Maps `nbytes` bytes. The system hands out a page when it is first written.
+    def __init__(
+        self, nbytes: int, *, name: str | None = None, pin: bool = False, dont_fork: bool = False
+    ) -> None:
+        """Maps `nbytes` bytes. The system hands out a page when it is first written, but see `name` and `pin`.
+
+        Args:
+            nbytes: its size.
+            name: makes it shared memory that outlives the process: the file `/dev/shm/NAME`, readable to this
+                user alone. 1 to 200 of `A-Z a-z 0-9 . _ -`, with no dot in front. `attach` finds it, whatever
+                became of its maker; `unlink` removes it, and nothing else does. All of it is handed out at
+                once, so that a full /dev/shm is found here and not when it is written.
+            pin: pins it for CUDA, if there is a device, else it is as without; `pinned` tells. Its pages are
+                handed out at once.
+            dont_fork: leaves it out of children that fork makes. After a fork of a DataLoader the parent's
+                writes then copy no pages, and the child holds none of the old. A child that touches it, by a
+                view or by a call, ends with SIGSEGV, as it does with memory that is freed. `pin` implies it.
 
         Raises:
             MemoryError: the system refuses.
+            FileExistsError: there is shared memory of that name.
+            OSError: with `errno` and `filename`, as ENOSPC where /dev/shm is full. No name is left behind.
+            RuntimeError: the device refuses to pin it, in CUDA's words.
         """
+
+    @staticmethod
+    def attach(name: str) -> Arena:
+        """Opens the shared memory that an arena of this name made, in this or any process, alive or dead.
+
+        Returns:
+            An arena with its contents, as large as it is. Who writes to it writes to every arena that shares
+            it; resize it only where nobody else has it, who would end with SIGBUS past the new end.
+
+        Raises:
+            FileNotFoundError: there is none of that name.
+            ValueError: that is no name for one, or no regular file.
+            PermissionError: it belongs to another user.
+            OSError: with `errno` and `filename`, as ELOOP for a symbolic link.
+        """
+
+    def unlink(self) -> None:
+        """Removes its name, as `multiprocessing.shared_memory` does: memory that is in use stays.
+
+        Raises:
+            FileNotFoundError: its name was removed already; whatever bears it now is left alone.
+            ValueError: it has none.
+        """
+
+    def populate(self, threads: int = 0) -> None:
+        """Has the system hand out its pages now, in parallel, and leaves what is in them as it is.
+
+        Args:
+            threads: see above.
+
+        Raises:
+            MemoryError: there are not that many.
+            OSError: with `errno`: it cannot be populated.
+        """
+
+    @property
+    def name(self) -> str | None:
+        """The name that it was made or attached with; also after `unlink`."""
+
+    @property
+    def pinned(self) -> bool:
+        """Whether a device can reach it."""
 
     @property
     def nbytes(self) -> int:
@@ -58,11 +120,13 @@ class Arena:
         """Changes its size; the contents are undefined afterwards.
 
         The pages are kept where they suffice and more than half of them stays in use, else they are replaced
-        and the old ones go back to the system.
+        and the old ones go back to the system. Name and pinning stay.
 
         Raises:
             BufferError: a view is in use, or a call works on the arena; nothing has changed.
             MemoryError: the system refuses; nothing has changed.
+            OSError: as the constructor; nothing has changed.
+            RuntimeError: it has its new size, but the device refuses to pin it: `pinned` is False now.
         """
 
     def __len__(self) -> int: ...
@@ -134,6 +198,87 @@ def copy_digest(
         ValueError: a target ends after the arena or overlaps another, a source of more than 0 bytes is null,
             or the sequences differ in length. Nothing was copied.
     """
+
+@final
+class CopyJob:
+    """Copies memory into an arena and digests what arrives, in the background: `copy_digest`, but at once back.
+
+    It starts as it is made. Threads of low priority (10 nicer than the one that made them) take the chunks in
+    the order of the copies, so that a training loop keeps the CPUs that it needs. Who waits for some of the
+    copies does what is left of them itself, at its own priority.
+
+    Until it is done, or `cancel` has returned, the sources must stay readable and unchanged and the targets
+    are its own; the source of copy `i` may be written again as soon as `wait([i])` has returned True. It keeps
+    the arena alive, and from being resized, until `done`, `wait` or `digests` has said that it is done, or it
+    was cancelled. Dropping it cancels it; so does the end of the interpreter. In a forked child a job that
+    was not done never will be.
+
+    Example:
+        >>> from dtruntime_torch._C import Arena, CopyJob, digest
+        >>> source, arena = Arena(10), Arena(100)
+        >>> memoryview(source)[:] = b"0123456789"
+        >>> job = CopyJob(arena, [source.address], [10], [64], chunk_bytes=4)
+        >>> job.wait(timeout=60)
+        True
+        >>> bytes(memoryview(arena)[64:74]), job.digests() == digest(source, 4)
+        (b'0123456789', True)
+    """
+
+    def __init__(
+        self,
+        arena: Arena,
+        sources: Sequence[int],
+        lengths: Sequence[int],
+        offsets: Sequence[int],
+        chunk_bytes: int,
+        threads: int = 0,
+    ) -> None:
+        """Starts it. Arguments as those of `copy_digest`, but that `threads` work in the background, beside who
+        waits. 0: as many as there are CPUs to run on, at most 16. Where the system has no thread to give, only
+        `wait` makes progress.
+
+        Raises:
+            ValueError: as `copy_digest`. Nothing was copied.
+        """
+
+    def wait(self, copies: Sequence[int] | None = None, timeout: float | None = None) -> bool:
+        """Helps, and returns once these copies are done.
+
+        Args:
+            copies: their numbers, counted from 0; the first is helped first. None: all.
+            timeout: seconds, looked at between two chunks; 0 only asks. None: no end.
+
+        Returns:
+            True when they are done, False when the time was over before.
+
+        Raises:
+            IndexError: there is no such copy.
+            RuntimeError: they are not done and never will be: it was cancelled, or this is a forked child.
+            KeyboardInterrupt: or whatever a signal's handler raises. The job goes on.
+        """
+
+    def cancel(self) -> None:
+        """Starts no further chunk, and returns when no thread touches the memory. What is done stays done."""
+
+    @property
+    def done(self) -> bool:
+        """Whether all copies are."""
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all copies."""
+
+    @property
+    def nbytes_done(self) -> int:
+        """How many of them have arrived."""
+
+    def digests(self) -> bytes:
+        """Gives what `copy_digest` would have returned.
+
+        Raises:
+            ValueError: it is not done yet.
+            RuntimeError: it was cancelled before it was done.
+        """
 
 def write_file(
     path: str | bytes | PathLike[str], data: Iterable[Buffer], threads: int = 0, direct: bool = True

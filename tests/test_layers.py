@@ -60,7 +60,8 @@ IMPURE_IMPORTS = {
 
 STANDARD_HEADER = re.compile(r"[a-z_0-9]+")
 POSIX_HEADERS = {
-    "fcntl.h", "linux/fs.h", "pthread.h", "signal.h", "sys/mman.h", "sys/stat.h", "sys/syscall.h", "unistd.h",
+    "fcntl.h", "linux/fs.h", "pthread.h", "signal.h", "sys/mman.h", "sys/resource.h", "sys/stat.h",
+    "sys/statvfs.h", "sys/syscall.h", "unistd.h",
 }  # fmt: skip
 CUDA_HEADERS = {"cuda_runtime.h"}
 # pybind11 comes with torch, and is all of torch that is included. build_info names CUDA's version.

@@ -1,7 +1,9 @@
 #include <cxxabi.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
@@ -58,6 +60,18 @@ std::string path_bytes(py::handle path) {
   return std::string(py::reinterpret_steal<py::bytes>(bytes));
 }
 
+std::vector<Copy> make_copies(const std::vector<uintptr_t>& sources, const std::vector<int64_t>& lengths,
+                              const std::vector<int64_t>& offsets) {
+  if (sources.size() != lengths.size() || offsets.size() != lengths.size())
+    throw py::value_error("sources, lengths and offsets differ in number");
+  std::vector<Copy> copies(sources.size());
+  for (size_t i = 0; i < copies.size(); ++i) {
+    copies[i].source = reinterpret_cast<const uint8_t*>(sources[i]);
+    copies[i].target = {check_size(offsets[i], "an offset"), check_size(lengths[i], "a length")};
+  }
+  return copies;
+}
+
 size_t check_size(int64_t value, const char* name) {
   if (value < 0)
     throw py::value_error(std::string(name) + " must not be negative, got " + std::to_string(value));
@@ -69,6 +83,14 @@ unsigned check_threads(int64_t threads) {
     throw py::value_error("threads must not be negative, got " + std::to_string(threads));
   }
   return static_cast<unsigned>(threads);
+}
+
+std::chrono::steady_clock::time_point deadline_after(std::optional<double> seconds) {
+  using Clock = std::chrono::steady_clock;
+  constexpr double kLongest = 1e9;
+  if (seconds && std::isnan(*seconds)) throw py::value_error("timeout is not a number");
+  const std::chrono::duration<double> span(std::clamp(seconds.value_or(kLongest), 0.0, kLongest));
+  return Clock::now() + std::chrono::duration_cast<Clock::duration>(span);
 }
 
 }  // namespace dtruntime::bindings

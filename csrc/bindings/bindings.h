@@ -3,14 +3,17 @@
 
 #include <pybind11/pybind11.h>
 
+#include <chrono>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <type_traits>
 #include <vector>
 
 #include "../core/arena.h"
+#include "../core/digest.h"
 #include "../core/status.h"
 
 namespace dtruntime::bindings {
@@ -19,6 +22,7 @@ namespace py = pybind11;
 
 void bind_arena(py::module_& module);
 void bind_build_info(py::module_& module);
+void bind_copy_job(py::module_& module);
 void bind_digest(py::module_& module);
 void bind_file_io(py::module_& module);
 void bind_permutation(py::module_& module);
@@ -66,17 +70,31 @@ auto without_gil(Work&& work) {
 // or OSError(errno, text, path). `path` may be null; with `target` it becomes the OSError's filename2.
 void raise_if_failed(const Status& status, PyObject* path = nullptr, PyObject* target = nullptr);
 
-// What Python calls an Arena. Views of it keep it alive and are counted in `exports`, under the GIL.
+// What Python calls an Arena. Views of it keep it alive and are counted in `exports`; none can be had while
+// it is being resized. Both under the GIL.
 struct ArenaObject {
+  ArenaObject() = default;
+  explicit ArenaObject(ArenaOptions options) : arena(options) {}
+
   Arena arena;
   Py_ssize_t exports = 0;
+  bool resizing = false;
 };
 
 // The bytes of a path: str, bytes or os.PathLike, without NUL.
 std::string path_bytes(py::handle path);
 
+// Copies from addresses to places in an arena. Throws ValueError if the three differ in number or a length or
+// an offset is negative.
+std::vector<Copy> make_copies(const std::vector<uintptr_t>& sources, const std::vector<int64_t>& lengths,
+                              const std::vector<int64_t>& offsets);
+
 // A count or a size from Python. Throws ValueError if it is negative.
 size_t check_size(int64_t value, const char* name);
 unsigned check_threads(int64_t threads);
+
+// When a time-out of that many seconds from now ends; none is 30 years, and a negative one has ended. Throws
+// ValueError if it is not a number.
+std::chrono::steady_clock::time_point deadline_after(std::optional<double> seconds);
 
 }  // namespace dtruntime::bindings

@@ -5,6 +5,7 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "The native core of dtruntime_torch; its manual is _C.pyi.";
   bind_arena(module);
   bind_build_info(module);
+  bind_copy_job(module);
   bind_digest(module);
   bind_file_io(module);
   bind_permutation(module);

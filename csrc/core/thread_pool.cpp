@@ -2,12 +2,10 @@
 
 #include <pthread.h>
 #include <signal.h>
+#include <sys/resource.h>
 
 #include <algorithm>
 #include <atomic>
-#include <condition_variable>
-#include <list>
-#include <mutex>
 #include <system_error>
 #include <thread>
 
@@ -15,104 +13,92 @@ namespace dtruntime {
 namespace {
 
 constexpr unsigned kMostThreads = 256;
+// What a thread of low priority adds to its nice value; docs/ARCHITECTURE.md has the measurements.
+constexpr int kNicer = 10;
 
-// Lives on the stack of its caller, who leaves only when no worker is in it.
-struct Job {
-  const std::function<void(size_t)>& task;
-  const size_t count;
-  std::atomic<size_t> next{0};
-  unsigned wanted;      // workers that may still join
-  unsigned active = 0;  // workers inside
-  std::condition_variable idle;
+// On Linux a nice value belongs to a thread, and 0 is the calling one.
+void lower_priority() { (void)setpriority(PRIO_PROCESS, 0, getpriority(PRIO_PROCESS, 0) + kNicer); }
 
-  Job(const std::function<void(size_t)>& task, size_t count, unsigned wanted)
-      : task(task), count(count), wanted(wanted) {}
+}  // namespace
 
-  void work() {
-    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(i);
-  }
-};
-
-class Pool {
- public:
-  void run(Job& job) {
-    std::unique_lock lock(mutex_);
-    grow(job.wanted);
-    const auto place = jobs_.insert(jobs_.end(), &job);
-    lock.unlock();
-    wake_.notify_all();
-    job.work();
-    lock.lock();
-    jobs_.erase(place);
-    job.idle.wait(lock, [&] { return job.active == 0; });
-  }
-
- private:
-  void grow(unsigned wanted) {
-    if (workers_ >= wanted) return;
-    // Signals belong to the threads that Python knows: a worker inherits a full mask.
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    try {
-      for (; workers_ < wanted; ++workers_) std::thread([this] { serve(); }).detach();
-    } catch (const std::system_error&) {
-      // The system has no more threads to give; those that there are do the work.
-    }
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
-  }
-
-  void serve() {
-    pthread_setname_np(pthread_self(), "dtruntime");
-    std::unique_lock lock(mutex_);
-    for (;;) {
-      Job* job = nullptr;
-      wake_.wait(lock, [&] { return (job = open_job()) != nullptr; });
-      --job->wanted;
-      ++job->active;
-      lock.unlock();
-      job->work();
-      lock.lock();
-      if (--job->active == 0) job->idle.notify_one();
-    }
-  }
-
-  Job* open_job() const {
-    const auto job = std::find_if(jobs_.begin(), jobs_.end(), [](Job* job) { return job->wanted > 0; });
-    return job == jobs_.end() ? nullptr : *job;
-  }
-
-  std::mutex mutex_;
-  std::condition_variable wake_;
-  std::list<Job*> jobs_;
-  unsigned workers_ = 0;
-};
-
-// Never deleted: workers may outlive main(). In a forked child the parent's pool is abandoned, its locks
-// in whatever state they were.
-std::atomic<Pool*> the_pool{nullptr};
-
-[[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, [] { the_pool = nullptr; });
-
-Pool& pool() {
-  Pool* current = the_pool;
-  if (current != nullptr) return *current;
-  Pool* made = new Pool;
-  if (the_pool.compare_exchange_strong(current, made)) return *made;
+ThreadPool& ThreadPool::of(Priority priority) {
+  // Never deleted: workers may outlive main(). A forked child abandons its parent's, locks and all.
+  static std::atomic<ThreadPool*> pools[2];
+  std::atomic<ThreadPool*>& place = pools[static_cast<int>(priority)];
+  ThreadPool* current = place;
+  if (current != nullptr && current->forks_ == forks()) return *current;
+  ThreadPool* made = new ThreadPool(priority);
+  if (place.compare_exchange_strong(current, made)) return *made;
   delete made;
   return *current;
 }
 
-}  // namespace
+void ThreadPool::offer(Work& work) {
+  {
+    std::lock_guard lock(mutex_);
+    grow(work.wanted);
+    offered_.push_back(&work);
+  }
+  wake_.notify_all();
+}
+
+void ThreadPool::withdraw(Work& work) {
+  std::unique_lock lock(mutex_);
+  offered_.remove(&work);
+  work.idle.wait(lock, [&] { return work.active == 0; });
+}
+
+void ThreadPool::grow(unsigned wanted) {
+  if (workers_ >= wanted) return;
+  // Signals belong to the threads that Python knows: a worker inherits a full mask.
+  sigset_t all, before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);
+  try {
+    for (; workers_ < wanted; ++workers_) std::thread([this] { serve(); }).detach();
+  } catch (const std::system_error&) {
+    // The system has no more threads to give; those that there are do the work.
+  }
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+}
+
+void ThreadPool::serve() {
+  const bool low = priority_ == Priority::kLow;
+  pthread_setname_np(pthread_self(), low ? "dtruntime-low" : "dtruntime");
+  if (low) lower_priority();
+  std::unique_lock lock(mutex_);
+  for (;;) {
+    Work* work = nullptr;
+    wake_.wait(lock, [&] { return (work = open_work()) != nullptr; });
+    --work->wanted;
+    ++work->active;
+    lock.unlock();
+    work->run();
+    lock.lock();
+    if (--work->active == 0) work->idle.notify_all();
+  }
+}
+
+ThreadPool::Work* ThreadPool::open_work() const {
+  const auto work = std::find_if(offered_.begin(), offered_.end(), [](Work* w) { return w->wanted > 0; });
+  return work == offered_.end() ? nullptr : *work;
+}
 
 unsigned default_threads() { return std::clamp(std::thread::hardware_concurrency(), 1u, 16u); }
 
 void parallel_for(size_t count, unsigned threads, const std::function<void(size_t)>& task) {
   if (threads == 0) threads = default_threads();
   const size_t useful = std::min<size_t>({count, threads, kMostThreads});
-  Job job(task, count, useful > 0 ? static_cast<unsigned>(useful - 1) : 0);
-  if (job.wanted == 0) return job.work();
-  pool().run(job);
+  std::atomic<size_t> next{0};
+  const auto work = [&] {
+    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(i);
+  };
+  if (useful <= 1) return work();
+  ThreadPool& pool = ThreadPool::of(Priority::kNormal);
+  ThreadPool::Work shared{std::ref(work), static_cast<unsigned>(useful - 1)};
+  pool.offer(shared);
+  work();
+  pool.withdraw(shared);
 }
 
 }  // namespace dtruntime

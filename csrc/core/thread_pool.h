@@ -1,12 +1,58 @@
-// One pool of worker threads for the process, made at its first use and never torn down.
+// Worker threads for the process, made at their first use and never torn down: one pool whose threads run as
+// their makers do, and one whose threads give way to them.
 //
 // A forked child makes its own at its first use: threads do not survive fork, and the DataLoader forks.
 #pragma once
 
+#include <condition_variable>
 #include <cstddef>
+#include <cstdint>
 #include <functional>
+#include <list>
+#include <mutex>
+
+#include "forks.h"
 
 namespace dtruntime {
+
+enum class Priority { kNormal, kLow };
+
+class ThreadPool {
+ public:
+  // What several workers may be in at once. Its owner keeps it in place from offer() until withdraw() has
+  // returned, and reads and writes none of it meanwhile.
+  struct Work {
+    std::function<void()> run;  // called by each worker that joins; throws nothing
+    unsigned wanted;            // workers that may still join
+    unsigned active = 0;        // workers inside
+    std::condition_variable idle{};
+  };
+
+  // The process's pool of that priority. Not to be kept over a fork.
+  static ThreadPool& of(Priority priority);
+
+  // Lets up to `work.wanted` workers join, and starts threads if there are too few. Work offered first is
+  // joined first. Where no thread can be started, fewer join, or none.
+  void offer(Work& work);
+
+  // Lets no further worker join, and returns when none is inside: what they wrote is visible then. May be
+  // called again, and from several threads.
+  void withdraw(Work& work);
+
+ private:
+  explicit ThreadPool(Priority priority) : priority_(priority) {}
+
+  void grow(unsigned wanted);
+  void serve();
+  Work* open_work() const;
+
+  const Priority priority_;
+  const uint64_t forks_ = forks();  // of the process that the threads are in
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::list<Work*> offered_;
+  unsigned workers_ = 0;
+};
 
 // How many threads compute at once by default: the CPUs that this process may run on, at most 16.
 unsigned default_threads();

@@ -68,6 +68,9 @@ SOURCE = _C.Arena(1 << 20)
 LONG_CALLS: dict[str, Callable[[], object]] = {
     "digest": lambda: _C.digest(DATA, 4096),
     "digest_ranges": lambda: _C.digest_ranges(DATA, [0], [len(DATA)], 4096),
+    "Arena": lambda: _C.Arena(1 << 20),
+    "Arena.populate": lambda: ARENA.populate(),
+    "CopyJob.wait": lambda: _C.CopyJob(ARENA, [SOURCE.address], [1 << 20], [0], 4096).wait(),
     "copy_digest": lambda: _C.copy_digest(ARENA, [SOURCE.address], [1 << 20], [0], 4096),
     "write_file": lambda: _C.write_file(__file__, [DATA]),  # it exists: an error, after the disk was asked
     "read_file": lambda: _C.read_file(__file__, 0, 10),

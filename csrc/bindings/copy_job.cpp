@@ -1,0 +1,127 @@
+#include "../core/copy_job.h"
+
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <set>
+#include <stdexcept>
+
+#include "bindings.h"
+
+namespace dtruntime::bindings {
+namespace {
+
+using Clock = CopyJob::Clock;
+using Outcome = CopyJob::Outcome;
+
+// How long Ctrl-C may have to wait.
+constexpr auto kSlice = std::chrono::milliseconds(50);
+
+// A job and its hold on the arena, which it lets go of once it has been seen to be done.
+class CopyJobObject {
+ public:
+  CopyJobObject(py::handle arena, std::vector<Copy> copies, size_t chunk_bytes, unsigned threads) {
+    buffer_.emplace(arena, Buffer::Access::kWrite);
+    raise_if_failed(check_copies(buffer_->bytes(), copies, chunk_bytes));
+    job_.emplace(buffer_->bytes(), std::move(copies), chunk_bytes, threads);
+    running().insert(this);
+  }
+  ~CopyJobObject() {
+    cancel();
+    running().erase(this);
+  }
+
+  CopyJob& job() { return *job_; }
+
+  bool done() {
+    if (job_->done()) buffer_.reset();
+    return job_->done();
+  }
+
+  void cancel() {
+    without_gil([&] { job_->cancel(); });
+    buffer_.reset();
+  }
+
+  // All that there are. Used under the GIL.
+  static std::set<CopyJobObject*>& running() {
+    static auto* jobs = new std::set<CopyJobObject*>;
+    return *jobs;
+  }
+
+ private:
+  std::optional<Buffer> buffer_;
+  std::optional<CopyJob> job_;
+};
+
+// When the interpreter ends it frees the sources in any order, and jobs perhaps never.
+void cancel_all() {
+  for (CopyJobObject* job : std::set<CopyJobObject*>(CopyJobObject::running())) job->cancel();
+}
+
+std::unique_ptr<CopyJobObject> start(py::object arena, const std::vector<uintptr_t>& sources,
+                                     const std::vector<int64_t>& lengths, const std::vector<int64_t>& offsets,
+                                     int64_t chunk_bytes, int64_t threads) {
+  if (!py::isinstance<ArenaObject>(arena)) throw py::type_error("the target must be an Arena");
+  return std::make_unique<CopyJobObject>(arena, make_copies(sources, lengths, offsets),
+                                         check_size(chunk_bytes, "chunk_bytes"), check_threads(threads));
+}
+
+[[noreturn]] void raise_dead(Outcome outcome) {
+  if (outcome == Outcome::kCancelled) throw std::runtime_error("the copy job was cancelled");
+  throw std::runtime_error("the copy job runs in the process that this one was forked from, and never here");
+}
+
+// None means all of them.
+std::vector<size_t> check_numbers(const std::optional<std::vector<int64_t>>& numbers, size_t count) {
+  std::vector<size_t> checked(numbers ? numbers->size() : count);
+  for (size_t i = 0; i < checked.size(); ++i) {
+    const int64_t number = numbers ? (*numbers)[i] : static_cast<int64_t>(i);
+    if (number < 0 || static_cast<size_t>(number) >= count)
+      throw py::index_error("copy " + std::to_string(number) + " of " + std::to_string(count));
+    checked[i] = static_cast<size_t>(number);
+  }
+  return checked;
+}
+
+bool wait(CopyJobObject& self, const std::optional<std::vector<int64_t>>& copies,
+          std::optional<double> timeout) {
+  const std::vector<size_t> numbers = check_numbers(copies, self.job().size());
+  const Clock::time_point deadline = deadline_after(timeout);
+  for (;;) {
+    const Clock::time_point until = std::min(deadline, Clock::now() + kSlice);
+    const Outcome outcome = without_gil([&] { return self.job().wait(numbers, until); });
+    self.done();
+    if (outcome == Outcome::kDone) return true;
+    if (outcome != Outcome::kTimeout) raise_dead(outcome);
+    if (Clock::now() >= deadline) return false;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  }
+}
+
+py::bytes digests(CopyJobObject& self) {
+  if (!self.done()) {
+    if (self.job().cancelled()) raise_dead(Outcome::kCancelled);
+    throw py::value_error("the copy job is not done: " + std::to_string(self.job().nbytes_done()) + " of " +
+                          std::to_string(self.job().nbytes()) + " bytes");
+  }
+  const auto bytes = self.job().digests();
+  return py::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+}
+
+}  // namespace
+
+void bind_copy_job(py::module_& module) {
+  py::class_<CopyJobObject>(module, "CopyJob")
+      .def(py::init(&start), py::arg("arena"), py::arg("sources"), py::arg("lengths"), py::arg("offsets"),
+           py::arg("chunk_bytes"), py::arg("threads") = 0)
+      .def("wait", &wait, py::arg("copies") = py::none(), py::arg("timeout") = py::none())
+      .def("cancel", &CopyJobObject::cancel)
+      .def("digests", &digests)
+      .def_property_readonly("done", &CopyJobObject::done)
+      .def_property_readonly("nbytes", [](CopyJobObject& self) { return self.job().nbytes(); })
+      .def_property_readonly("nbytes_done", [](CopyJobObject& self) { return self.job().nbytes_done(); });
+  py::module_::import("atexit").attr("register")(py::cpp_function(&cancel_all));
+}
+
+}  // namespace dtruntime::bindings

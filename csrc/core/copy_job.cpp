@@ -1,0 +1,100 @@
+#include "copy_job.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "xxh3.h"
+
+namespace dtruntime {
+namespace {
+
+std::vector<Range> targets_of(const std::vector<Copy>& copies) {
+  std::vector<Range> targets;
+  targets.reserve(copies.size());
+  for (const Copy& copy : copies) targets.push_back(copy.target);
+  return targets;
+}
+
+}  // namespace
+
+CopyJob::CopyJob(std::span<uint8_t> arena, std::vector<Copy> copies, size_t chunk_bytes, unsigned threads)
+    : arena_(arena),
+      copies_(std::move(copies)),
+      targets_(targets_of(copies_)),
+      chunks_(targets_, chunk_bytes),
+      chunk_bytes_(chunk_bytes),
+      digests_(chunks_.size() * kXxh3DigestBytes),
+      progress_(copies_.size()) {
+  size_t copies_left = 0;
+  for (size_t copy = 0; copy < size(); ++copy) {
+    progress_[copy].left = chunks_of(copy);
+    copies_left += chunks_of(copy) > 0;
+  }
+  copies_left_ = copies_left;
+  const size_t useful = std::min<size_t>(threads > 0 ? threads : default_threads(), chunks_.size());
+  shared_.reset(new Shared{{[this] { do_all(); }, static_cast<unsigned>(useful)}});
+  if (useful > 0) ThreadPool::of(Priority::kLow).offer(shared_->work);
+}
+
+CopyJob::~CopyJob() {
+  if (forked()) {
+    (void)shared_.release();
+  } else {
+    cancel();
+  }
+}
+
+CopyJob::Outcome CopyJob::wait(std::span<const size_t> numbers, Clock::time_point deadline) {
+  size_t at = 0;  // all before it are done
+  const auto all_done = [&] {
+    while (at < numbers.size() && finished(numbers[at])) ++at;
+    return at == numbers.size();
+  };
+  if (all_done()) return Outcome::kDone;
+  if (forked()) return Outcome::kForked;
+  std::unique_lock lock(shared_->mutex);
+  ++shared_->helpers;
+  lock.unlock();
+  for (const size_t copy : numbers) do_chunks(copy, deadline);
+  lock.lock();
+  if (--shared_->helpers == 0) shared_->changed.notify_all();
+  shared_->changed.wait_until(lock, deadline, [&] { return all_done() || cancelled_; });
+  if (all_done()) return Outcome::kDone;
+  return cancelled_ ? Outcome::kCancelled : Outcome::kTimeout;
+}
+
+void CopyJob::cancel() {
+  cancelled_ = true;
+  if (forked()) return;
+  ThreadPool::of(Priority::kLow).withdraw(shared_->work);
+  std::unique_lock lock(shared_->mutex);
+  shared_->changed.notify_all();
+  shared_->changed.wait(lock, [&] { return shared_->helpers == 0; });
+}
+
+void CopyJob::do_all() {
+  for (size_t copy = 0; copy < size() && !cancelled_; ++copy) do_chunks(copy, Clock::time_point::max());
+}
+
+void CopyJob::do_chunks(size_t copy, Clock::time_point deadline) {
+  const size_t count = chunks_of(copy);
+  while (!cancelled_ && Clock::now() < deadline) {
+    const size_t index = progress_[copy].next.fetch_add(1, std::memory_order_relaxed);
+    if (index >= count) return;
+    do_chunk(copy, index);
+  }
+}
+
+void CopyJob::do_chunk(size_t copy, size_t index) {
+  const size_t start = index * chunk_bytes_;
+  const size_t length = std::min(chunk_bytes_, targets_[copy].length - start);
+  copy_digest_chunk(arena_.data() + targets_[copy].offset + start, copies_[copy].source + start, length,
+                    digests_.data() + (chunks_.first_of(copy) + index) * kXxh3DigestBytes);
+  nbytes_done_.fetch_add(length, std::memory_order_relaxed);
+  if (progress_[copy].left.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+  copies_left_.fetch_sub(1, std::memory_order_acq_rel);
+  std::lock_guard lock(shared_->mutex);
+  shared_->changed.notify_all();
+}
+
+}  // namespace dtruntime
