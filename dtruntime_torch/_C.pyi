@@ -13,6 +13,9 @@ This stub is its manual. What holds for all of it:
 - `threads` is the number of threads that work, the calling one included. 0 lets the module choose: for
   digests as many as there are CPUs to run on, at most 16; for files 8, which keeps that many requests in
   flight whatever the number of CPUs. The pool that they come from is made at its first use.
+- `impl` names the variant of the digest loop, one of `digest_impls()`; all give the same digests. None takes
+  the one that the process chose: the widest, or what the environment variable DTRUNTIME_DIGEST_IMPL named at
+  the first use. A name that this machine cannot run is a ValueError that lists those it can.
 """
 
 from __future__ import annotations
@@ -132,13 +135,27 @@ class Arena:
     def __len__(self) -> int: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
-def digest(data: Buffer, chunk_bytes: int, threads: int = 0) -> bytes:
+def digest_impls() -> tuple[str, ...]:
+    """Names the variants of the digest loop that this machine can run, widest first.
+
+    Returns:
+        On x86-64 of "avx512" (AVX-512F) and "avx2" those that the processor has, on aarch64 "neon", and "scalar"
+        last, which runs everywhere.
+
+    Example:
+        >>> from dtruntime_torch._C import digest, digest_impls
+        >>> {digest(b"abcd", 4, impl=impl).hex() for impl in digest_impls()}
+        {'8d6b60383dfa90c21be79eecd1b1353d'}
+    """
+
+def digest(data: Buffer, chunk_bytes: int, threads: int = 0, *, impl: str | None = None) -> bytes:
     """Digests `data` chunk by chunk: XXH3-128, seed 0, default secret.
 
     Args:
         data: the bytes; not kept.
         chunk_bytes: size of a chunk, at least 1. The last one may be shorter.
         threads: see above.
+        impl: see above.
 
     Returns:
         16 bytes a chunk in canonical (big-endian) form, concatenated: the hex of 16 of them is what
@@ -153,7 +170,13 @@ def digest(data: Buffer, chunk_bytes: int, threads: int = 0) -> bytes:
     """
 
 def digest_ranges(
-    data: Buffer, offsets: Sequence[int], lengths: Sequence[int], chunk_bytes: int, threads: int = 0
+    data: Buffer,
+    offsets: Sequence[int],
+    lengths: Sequence[int],
+    chunk_bytes: int,
+    threads: int = 0,
+    *,
+    impl: str | None = None,
 ) -> bytes:
     """Digests many ranges of one buffer.
 
@@ -163,6 +186,7 @@ def digest_ranges(
         lengths: the length of each.
         chunk_bytes: size of a chunk. Chunks are counted from the start of their range and never span two.
         threads: see above.
+        impl: see above.
 
     Returns:
         For each range in turn what `digest` gives for it, concatenated.
@@ -172,6 +196,28 @@ def digest_ranges(
             digests is made.
     """
 
+def digest_into(
+    digests: int, source: int, nbytes: int, chunk_bytes: int, threads: int = 0, *, impl: str | None = None
+) -> None:
+    """Does what `digest` does, from an address to an address, which are trusted: a wrong one ends the process.
+
+    Args:
+        digests: where the digests go: 16 bytes a chunk, which are the call's own until it returns.
+        source: the address of the bytes. It may be 0 if `nbytes` is.
+        nbytes: how many.
+        chunk_bytes: size of a chunk, at least 1.
+        threads: see above.
+        impl: see above.
+
+    Example:
+        >>> import ctypes
+        >>> from dtruntime_torch._C import digest_into
+        >>> source, digests = ctypes.create_string_buffer(b"abcd"), ctypes.create_string_buffer(16)
+        >>> digest_into(ctypes.addressof(digests), ctypes.addressof(source), nbytes=4, chunk_bytes=4)
+        >>> digests.raw.hex()
+        '8d6b60383dfa90c21be79eecd1b1353d'
+    """
+
 def copy_digest(
     arena: Arena,
     sources: Sequence[int],
@@ -179,8 +225,14 @@ def copy_digest(
     offsets: Sequence[int],
     chunk_bytes: int,
     threads: int = 0,
+    *,
+    impl: str | None = None,
+    stream: bool | None = None,
 ) -> bytes:
     """Copies memory into an arena and digests what arrived there, in one pass over it.
+
+    Each byte is read once: the digests hold for what is in the arena also if somebody writes to a source
+    meanwhile.
 
     Args:
         arena: where to. It cannot be resized during the call.
@@ -190,6 +242,9 @@ def copy_digest(
         offsets: where each goes in the arena. Those bytes are the call's own until it returns.
         chunk_bytes: size of a chunk, counted from the start of each source.
         threads: see above.
+        impl: see above.
+        stream: whether to store past the caches, where the variant can. None does so from 8 MiB on, all sources
+            together: what does not fit in the caches anyhow is copied faster, and leaves them to others.
 
     Returns:
         The digests of the chunks of each source in turn, as `digest` gives them.
@@ -280,6 +335,57 @@ class CopyJob:
             RuntimeError: it was cancelled before it was done.
         """
 
+def copy_digest_into(
+    digests: int,
+    target: int,
+    source: int,
+    nbytes: int,
+    chunk_bytes: int,
+    threads: int = 0,
+    *,
+    impl: str | None = None,
+) -> None:
+    """Does what `copy_digest` does for one source, with addresses, which are trusted: a wrong one ends the process.
+
+    Args:
+        digests: where the digests go: 16 bytes a chunk.
+        target: where the copy goes. It and `digests` are the call's own until it returns.
+        source: the address of the bytes; they overlap neither.
+        nbytes: how many.
+        chunk_bytes: size of a chunk, at least 1.
+        threads: see above.
+        impl: see above.
+    """
+
+def read_memory(data: Buffer, threads: int = 0) -> int:
+    """Reads every byte and does next to nothing with it: a yardstick for benchmarks of `digest`.
+
+    Args:
+        data: the bytes; not kept.
+        threads: see above.
+
+    Returns:
+        The exclusive or of its 8-byte little-endian words, so that no read can be left out. The last bytes of each MiB
+        that fill no 64 do not count.
+
+    Example:
+        >>> from dtruntime_torch._C import read_memory
+        >>> read_memory(bytes([1] * 8 + [0] * 48 + [2] * 8)) == 0x0303030303030303
+        True
+    """
+
+def copy_streaming(target: Buffer, source: Buffer, threads: int = 0) -> None:
+    """Copies past the caches (non-temporal stores) and does nothing else: a yardstick for `copy_digest`.
+
+    Args:
+        target: writable, as long as `source`, and not overlapping it.
+        source: the bytes; not kept.
+        threads: see above.
+
+    Raises:
+        ValueError: they differ in length.
+    """
+
 def write_file(
     path: str | bytes | PathLike[str], data: Iterable[Buffer], threads: int = 0, direct: bool = True
 ) -> None:
@@ -367,5 +473,8 @@ def build_info() -> dict[str, object]:
 
     Returns:
         "compiler": its name and version; "cuda": the version of the CUDA runtime that it was built for, as
-        "13.0", or False; "simd": the widest instruction set that digests use, "scalar".
+        "13.0", or False; "simd": the variant of the digest loop that this process uses, one of `digest_impls()`.
+
+    Raises:
+        ValueError: DTRUNTIME_DIGEST_IMPL names a variant that this machine cannot run.
     """

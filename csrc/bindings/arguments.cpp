@@ -93,4 +93,16 @@ std::chrono::steady_clock::time_point deadline_after(std::optional<double> secon
   return Clock::now() + std::chrono::duration_cast<Clock::duration>(span);
 }
 
+size_t check_chunk_bytes(int64_t chunk_bytes) {
+  if (chunk_bytes < 1)
+    throw py::value_error("chunk_bytes must be at least 1, got " + std::to_string(chunk_bytes));
+  return static_cast<size_t>(chunk_bytes);
+}
+
+const Xxh3Variant& find_variant(const std::optional<std::string>& impl) {
+  const Xxh3Variant* variant = &xxh3_variant();
+  raise_if_failed(impl ? find_xxh3_variant(*impl, variant) : check_xxh3_variant());
+  return *variant;
+}
+
 }  // namespace dtruntime::bindings

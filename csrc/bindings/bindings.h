@@ -15,6 +15,7 @@
 #include "../core/arena.h"
 #include "../core/digest.h"
 #include "../core/status.h"
+#include "../core/xxh3_dispatch.h"
 
 namespace dtruntime::bindings {
 
@@ -24,8 +25,10 @@ void bind_arena(py::module_& module);
 void bind_build_info(py::module_& module);
 void bind_copy_job(py::module_& module);
 void bind_digest(py::module_& module);
+void bind_digest_into(py::module_& module);
 void bind_file_io(py::module_& module);
 void bind_permutation(py::module_& module);
+void bind_yardsticks(py::module_& module);
 
 // A Python object's contiguous bytes, pinned (no resize, no release) while this lives. Made and destroyed
 // with the GIL held; the bytes may be used without it.
@@ -96,5 +99,12 @@ unsigned check_threads(int64_t threads);
 // When a time-out of that many seconds from now ends; none is 30 years, and a negative one has ended. Throws
 // ValueError if it is not a number.
 std::chrono::steady_clock::time_point deadline_after(std::optional<double> seconds);
+
+// Throws ValueError if it is less than 1.
+size_t check_chunk_bytes(int64_t chunk_bytes);
+
+// The digest variant of that name; without one that of the process. Throws ValueError, with the names to
+// choose from, if it, or what DTRUNTIME_DIGEST_IMPL names, does not run here.
+const Xxh3Variant& find_variant(const std::optional<std::string>& impl);
 
 }  // namespace dtruntime::bindings

@@ -24,7 +24,7 @@ py::dict build_info() {
   py::dict info;
   info["compiler"] = compiler;
   info["cuda"] = cuda_version();
-  info["simd"] = "scalar";
+  info["simd"] = find_variant(std::nullopt).name;
   return info;
 }
 

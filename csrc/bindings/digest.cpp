@@ -2,13 +2,15 @@
 
 #include <pybind11/stl.h>
 
-#include "../core/xxh3.h"
+#include <optional>
+
 #include "bindings.h"
 
 namespace dtruntime::bindings {
 namespace {
 
 using Sizes = std::vector<int64_t>;
+using Name = std::optional<std::string>;
 
 std::vector<Range> make_ranges(const Sizes& offsets, const Sizes& lengths) {
   if (offsets.size() != lengths.size()) throw py::value_error("offsets and lengths differ in number");
@@ -17,12 +19,6 @@ std::vector<Range> make_ranges(const Sizes& offsets, const Sizes& lengths) {
     ranges[i] = {check_size(offsets[i], "an offset"), check_size(lengths[i], "a length")};
   }
   return ranges;
-}
-
-size_t check_chunk_bytes(int64_t chunk_bytes) {
-  if (chunk_bytes < 1)
-    throw py::value_error("chunk_bytes must be at least 1, got " + std::to_string(chunk_bytes));
-  return static_cast<size_t>(chunk_bytes);
 }
 
 // The digests of `ranges` of a buffer of `nbytes` bytes, as fill(where they go) stores them without the GIL:
@@ -39,28 +35,36 @@ py::bytes make_digests(std::span<const Range> ranges, size_t nbytes, size_t chun
   return digests;
 }
 
-py::bytes digest_of(std::span<const uint8_t> data, std::span<const Range> ranges, int64_t chunk_bytes,
-                    int64_t threads) {
-  const size_t chunk = check_chunk_bytes(chunk_bytes);
-  const unsigned count = check_threads(threads);
-  return make_digests(ranges, data.size(), chunk,
-                      [&](uint8_t* digests) { return digest_ranges(data, ranges, chunk, count, digests); });
+std::optional<Stores> check_stores(std::optional<bool> stream) {
+  if (!stream) return std::nullopt;
+  return *stream ? Stores::kStream : Stores::kPlain;
 }
 
-py::bytes py_digest(py::object data, int64_t chunk_bytes, int64_t threads) {
+py::bytes digest_of(std::span<const uint8_t> data, std::span<const Range> ranges, int64_t chunk_bytes,
+                    int64_t threads, const Name& impl) {
+  const size_t chunk = check_chunk_bytes(chunk_bytes);
+  const unsigned count = check_threads(threads);
+  const Xxh3Variant& variant = find_variant(impl);
+  return make_digests(ranges, data.size(), chunk, [&](uint8_t* digests) {
+    return digest_ranges(data, ranges, chunk, count, digests, variant);
+  });
+}
+
+py::bytes py_digest(py::object data, int64_t chunk_bytes, int64_t threads, const Name& impl) {
   const Buffer buffer(data);
   const Range whole{0, buffer.bytes().size()};
-  return digest_of(buffer.bytes(), {&whole, 1}, chunk_bytes, threads);
+  return digest_of(buffer.bytes(), {&whole, 1}, chunk_bytes, threads, impl);
 }
 
 py::bytes py_digest_ranges(py::object data, const Sizes& offsets, const Sizes& lengths, int64_t chunk_bytes,
-                           int64_t threads) {
+                           int64_t threads, const Name& impl) {
   const Buffer buffer(data);
-  return digest_of(buffer.bytes(), make_ranges(offsets, lengths), chunk_bytes, threads);
+  return digest_of(buffer.bytes(), make_ranges(offsets, lengths), chunk_bytes, threads, impl);
 }
 
 py::bytes py_copy_digest(py::object arena, const std::vector<uintptr_t>& sources, const Sizes& lengths,
-                         const Sizes& offsets, int64_t chunk_bytes, int64_t threads) {
+                         const Sizes& offsets, int64_t chunk_bytes, int64_t threads, const Name& impl,
+                         std::optional<bool> stream) {
   if (!py::isinstance<ArenaObject>(arena)) throw py::type_error("the target must be an Arena");
   const Buffer buffer(arena, Buffer::Access::kWrite);
   const std::vector<Range> targets = make_ranges(offsets, lengths);
@@ -70,19 +74,28 @@ py::bytes py_copy_digest(py::object arena, const std::vector<uintptr_t>& sources
     copies[i] = {reinterpret_cast<const uint8_t*>(sources[i]), targets[i]};
   const size_t chunk = check_chunk_bytes(chunk_bytes);
   const unsigned count = check_threads(threads);
+  const Xxh3Variant& variant = find_variant(impl);
   return make_digests(targets, buffer.bytes().size(), chunk, [&](uint8_t* digests) {
-    return copy_digest(buffer.bytes(), copies, chunk, count, digests);
+    return copy_digest(buffer.bytes(), copies, chunk, count, digests, check_stores(stream), variant);
   });
 }
 
 }  // namespace
 
 void bind_digest(py::module_& module) {
-  module.def("digest", &py_digest, py::arg("data"), py::arg("chunk_bytes"), py::arg("threads") = 0);
-  module.def("digest_ranges", &py_digest_ranges, py::arg("data"), py::arg("offsets"), py::arg("lengths"),
-             py::arg("chunk_bytes"), py::arg("threads") = 0);
-  module.def("copy_digest", &py_copy_digest, py::arg("arena"), py::arg("sources"), py::arg("lengths"),
-             py::arg("offsets"), py::arg("chunk_bytes"), py::arg("threads") = 0);
+  using py::arg;
+  module.def("digest_impls", [] {
+    py::list names;
+    for (const Xxh3Variant* variant : xxh3_variants()) names.append(variant->name);
+    return py::tuple(names);
+  });
+  module.def("digest", &py_digest, arg("data"), arg("chunk_bytes"), arg("threads") = 0, py::kw_only(),
+             arg("impl") = py::none());
+  module.def("digest_ranges", &py_digest_ranges, arg("data"), arg("offsets"), arg("lengths"),
+             arg("chunk_bytes"), arg("threads") = 0, py::kw_only(), arg("impl") = py::none());
+  module.def("copy_digest", &py_copy_digest, arg("arena"), arg("sources"), arg("lengths"), arg("offsets"),
+             arg("chunk_bytes"), arg("threads") = 0, py::kw_only(), arg("impl") = py::none(),
+             arg("stream") = py::none());
 }
 
 }  // namespace dtruntime::bindings

@@ -41,8 +41,12 @@ inline constexpr uint64_t kPrime64_5 = 0x27D4EB2F165667C5u;
 inline constexpr uint64_t kMix1 = 0x165667919E3779F9u;
 inline constexpr uint64_t kMix2 = 0x9FB21C651E98DF25u;
 
-DTRUNTIME_HOST_DEVICE inline const uint8_t* secret() {
-  alignas(8) static constexpr uint8_t kSecret[kXxh3SecretBytes] = {
+struct Secret {
+  alignas(8) uint8_t bytes[kXxh3SecretBytes];
+};
+
+DTRUNTIME_HOST_DEVICE constexpr Secret make_secret() {
+  return {{
       0xb8, 0xfe, 0x6c, 0x39, 0x23, 0xa4, 0x4b, 0xbe, 0x7c, 0x01, 0x81, 0x2c, 0xf7, 0x21, 0xad, 0x1c,
       0xde, 0xd4, 0x6d, 0xe9, 0x83, 0x90, 0x97, 0xdb, 0x72, 0x40, 0xa4, 0xa4, 0xb7, 0xb3, 0x67, 0x1f,
       0xcb, 0x79, 0xe6, 0x4e, 0xcc, 0xc0, 0xe5, 0x78, 0x82, 0x5a, 0xd0, 0x7d, 0xcc, 0xff, 0x72, 0x21,
@@ -55,8 +59,12 @@ DTRUNTIME_HOST_DEVICE inline const uint8_t* secret() {
       0x17, 0x0d, 0xdd, 0x51, 0xb7, 0xf0, 0xda, 0x49, 0xd3, 0x16, 0x55, 0x26, 0x29, 0xd4, 0x68, 0x9e,
       0x2b, 0x16, 0xbe, 0x58, 0x7d, 0x47, 0xa1, 0xfc, 0x8f, 0xf8, 0xb8, 0xd1, 0x7a, 0xd0, 0x31, 0xce,
       0x45, 0xcb, 0x3a, 0x8f, 0x95, 0x16, 0x04, 0x28, 0xaf, 0xd7, 0xfb, 0xca, 0xbb, 0x4b, 0x40, 0x7e,
-  };
-  return kSecret;
+  }};
+}
+
+DTRUNTIME_HOST_DEVICE inline const uint8_t* secret() {
+  static constexpr Secret kSecret = make_secret();
+  return kSecret.bytes;
 }
 
 DTRUNTIME_HOST_DEVICE inline uint64_t secret64(size_t offset) { return load64(secret() + offset); }
@@ -178,7 +186,7 @@ DTRUNTIME_HOST_DEVICE inline uint64_t merge(const uint64_t* lanes, uint64_t star
 
 }  // namespace xxh3
 
-// The state of a long digest between blocks, so that a caller can digest a piece while it is in cache:
+// The state of a long digest, so that a caller can digest a piece while it is in cache:
 //   Xxh3Lanes lanes; lanes.add_blocks(data, n); lanes.add_blocks(data + n * kXxh3BlockBytes, m); ...
 //   lanes.finish(data, length)
 // REQUIRES: length > kXxh3MediumBytes, and all blocks but the last, which holds 1 to kXxh3BlockBytes bytes,
@@ -189,25 +197,36 @@ struct Xxh3Lanes {
 
   DTRUNTIME_HOST_DEVICE void add_blocks(const uint8_t* data, size_t blocks) {
     for (const uint8_t* end = data + blocks * kXxh3BlockBytes; data != end; data += kXxh3BlockBytes) {
-      for (size_t n = 0; n < kXxh3BlockBytes / kXxh3StripeBytes; ++n) {
-        xxh3::add_stripe(lanes, data + n * kXxh3StripeBytes, 8 * n);
-      }
+      add_stripes(data, kXxh3BlockBytes / kXxh3StripeBytes);
       xxh3::scramble(lanes);
     }
+  }
+
+  // Adds stripes of one block, from its start on. REQUIRES: as many as a block has, at most.
+  DTRUNTIME_HOST_DEVICE void add_stripes(const uint8_t* data, size_t stripes) {
+    for (size_t n = 0; n < stripes; ++n) xxh3::add_stripe(lanes, data + n * kXxh3StripeBytes, 8 * n);
   }
 
   // `data` is the start of the whole input, of which only the last block and the last stripe are read.
   DTRUNTIME_HOST_DEVICE Xxh3Digest finish(const uint8_t* data, size_t length) {
     const size_t last_block = (length - 1) / kXxh3BlockBytes * kXxh3BlockBytes;
-    const size_t stripes = (length - 1 - last_block) / kXxh3StripeBytes;
-    for (size_t n = 0; n < stripes; ++n) {
-      xxh3::add_stripe(lanes, data + last_block + n * kXxh3StripeBytes, 8 * n);
-    }
-    xxh3::add_stripe(lanes, data + length - kXxh3StripeBytes, kXxh3SecretBytes - 71);
+    add_stripes(data + last_block, (length - 1 - last_block) / kXxh3StripeBytes);
+    return finish_last(data + length - kXxh3StripeBytes, length);
+  }
+
+  // The same where all of xxh3_full_stripes(length) were added: only the last stripe, which ends where the
+  // input ends, is read.
+  DTRUNTIME_HOST_DEVICE Xxh3Digest finish_last(const uint8_t* last_stripe, size_t length) {
+    xxh3::add_stripe(lanes, last_stripe, kXxh3SecretBytes - 71);
     return {xxh3::merge(lanes, length * xxh3::kPrime64_1, 11),
             xxh3::merge(lanes, ~(length * xxh3::kPrime64_2), kXxh3SecretBytes - 75)};
   }
 };
+
+// How many stripes of an input are added before the last. REQUIRES: length > 0.
+DTRUNTIME_HOST_DEVICE constexpr size_t xxh3_full_stripes(size_t length) {
+  return (length - 1) / kXxh3StripeBytes;
+}
 
 // How many blocks of an input are added before finish. REQUIRES: length > 0.
 DTRUNTIME_HOST_DEVICE constexpr size_t xxh3_full_blocks(size_t length) {
