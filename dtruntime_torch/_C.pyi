@@ -16,6 +16,14 @@ This stub is its manual. What holds for all of it:
 - `impl` names the variant of the digest loop, one of `digest_impls()`; all give the same digests. None takes
   the one that the process chose: the widest, or what the environment variable DTRUNTIME_DIGEST_IMPL named at
   the first use. A name that this machine cannot run is a ValueError that lists those it can.
+
+
+- `threads` is the number of threads that work, the calling one included. 0 lets the module choose: as many as
+  there are CPUs to run on, at most 16. The pool that they come from is made at its first use.
+- `queue_depth` is the number of requests of 8 MiB to a file that are in flight at once, each on a thread of that
+  pool; 0 is 8, whatever the number of CPUs.
+- `direct` lets whole pages (4096 bytes) of a file that lie together, from 256 KiB on, go past the page cache
+  (O_DIRECT). What the file system does not take that way, and ends that fill no page, go through the cache.
 """
 
 from __future__ import annotations
@@ -387,31 +395,73 @@ def copy_streaming(target: Buffer, source: Buffer, threads: int = 0) -> None:
     """
 
 def write_file(
-    path: str | bytes | PathLike[str], data: Iterable[Buffer], threads: int = 0, direct: bool = True
+    path: str | bytes | PathLike[str], data: Iterable[Buffer], queue_depth: int = 0, direct: bool = True
 ) -> None:
     """Creates a file from buffers, one after another, and returns once its contents are durable.
 
-    The space is reserved first, so that a full disk is found before anything is written (where the file
-    system can). Then requests of 8 MiB are written in parallel, and the file is synced; its entry in the
-    folder is not: sync the folder for that.
+    Its entry in the folder is not durable: sync the folder for that. For the rest see `write_extents`.
 
     Args:
         path: must not exist. Its folder must.
-        data: the buffers; not kept. One whose address lies in its page as its bytes lie in the file's
-            (address and file offset are equal modulo 4096) is written from where it is; any other is copied
-            through a buffer of 8 MiB per thread.
-        threads: see above.
-        direct: past the page cache (O_DIRECT), for files from 256 KiB on. What the file system does not take
-            that way, and the last bytes that fill no page, go through the cache.
+        data: the buffers; not kept.
+        queue_depth: see above.
+        direct: see above.
 
     Raises:
         FileExistsError: there is something at `path`, which was left as it is.
-        OSError: with `errno`, a text that names the failed step, and `filename`. What was written so far is
-            left at `path`; delete it.
+        MemoryError: the system refuses the memory to copy what lies unaligned.
+        OSError: as `write_extents`.
+    """
+
+def write_extents(
+    path: str | bytes | PathLike[str],
+    data: Buffer,
+    extents: Sequence[tuple[int, int, int]],
+    *,
+    nbytes: int | None = None,
+    queue_depth: int = 0,
+    direct: bool = True,
+    sync_folder: bool = False,
+) -> None:
+    r"""Creates a file from pieces of one buffer, and returns once its contents are durable.
+
+    The space for the whole length is reserved first, so that a full disk is found before anything is written
+    (where the file system can). Then the requests are written, and the file is synced.
+
+    An extent that lies in its page of memory as it lies in its page of the file (address and file offset are
+    equal modulo 4096) is written from where it is. The others, and neighbours in the file that are apart in
+    memory, are copied through a buffer of 8 MiB per request in flight.
+
+    Args:
+        path: must not exist. Its folder must.
+        data: the memory; not kept.
+        extents: (offset in `data`, offset in the file, length) of each piece, in any order. What none covers
+            reads as zeros.
+        nbytes: the length of the file, or None for where the last extent ends.
+        queue_depth: see above.
+        direct: see above.
+        sync_folder: makes also the file's name durable, which a crash may lose otherwise. For a file that is
+            written where it stays; one that is renamed afterwards needs its folder synced then.
+
+    Raises:
+        ValueError: two extents share a byte of the file, or one ends after `data` or after `nbytes`; nothing
+            was made.
+        FileExistsError: there is something at `path`, which was left as it is.
+        MemoryError: the system refuses the memory to copy what lies unaligned.
+        OSError: with `errno`, a text that names the failed step and the offset in the file, and `filename`.
+            What was written so far is left at `path`, perhaps in its full length: delete it. Nothing that
+            failed is tried again: after a failed sync the system may have dropped what it could not write, and
+            would report success the next time.
+
+    Example:
+        >>> from dtruntime_torch._C import write_extents
+        >>> write_extents("extents", b"abcdef", [(0, 4, 2), (4, 0, 2)], nbytes=8)
+        >>> open("extents", "rb").read()
+        b'ef\x00\x00ab\x00\x00'
     """
 
 def read_file(
-    path: str | bytes | PathLike[str], offset: int, length: int, threads: int = 0, direct: bool = True
+    path: str | bytes | PathLike[str], offset: int, length: int, queue_depth: int = 0, direct: bool = True
 ) -> Arena:
     """Reads exactly `length` bytes of a file, from `offset` on.
 
@@ -419,8 +469,8 @@ def read_file(
         path: a regular file.
         offset: of the first byte.
         length: how many.
-        threads: see above.
-        direct: past the page cache (O_DIRECT), from 256 KiB on and where the file system can.
+        queue_depth: see above.
+        direct: see above.
 
     Returns:
         A new arena of `length` bytes that belongs to the caller. Its address and `offset` are equal modulo
@@ -430,7 +480,33 @@ def read_file(
         EOFError: the file is shorter. Found before memory is taken, or when the file shrinks during the call.
         ValueError: it is no regular file.
         MemoryError: the system refuses the memory.
-        OSError: with `errno`, a text that names the failed step, and `filename`.
+        OSError: with `errno`, a text that names the failed step and the offset, and `filename`.
+    """
+
+def read_extents(
+    path: str | bytes | PathLike[str],
+    arena: Buffer,
+    extents: Sequence[tuple[int, int, int]],
+    *,
+    queue_depth: int = 0,
+    direct: bool = True,
+) -> None:
+    """Reads pieces of a file to where they belong in memory, and writes no other byte of it.
+
+    Args:
+        path: a regular file.
+        arena: the memory, writable. After a failure the contents of the extents are undefined.
+        extents: (offset in `arena`, offset in the file, length) of each piece, in any order. Where memory and
+            file offset are equal modulo 4096 the bytes come without a copy.
+        queue_depth: see above.
+        direct: see above.
+
+    Raises:
+        ValueError: two extents share a byte of the file or of the memory, one ends after the memory, or `path`
+            is no regular file; nothing was read.
+        EOFError: the file is shorter. Found before anything is read, or when the file shrinks during the call.
+        OSError: with `errno`, a text that names the failed step and the offset, and `filename`.
+        MemoryError: the system refuses the memory to copy what lies unaligned.
     """
 
 def rename_noreplace(source: str | bytes | PathLike[str], target: str | bytes | PathLike[str]) -> None:
@@ -440,6 +516,40 @@ def rename_noreplace(source: str | bytes | PathLike[str], target: str | bytes | 
         FileExistsError: there is something at `target`; nothing has changed.
         OSError: with `errno`, `filename` and `filename2`. EINVAL: the file system cannot do it; ENOSYS: the
             kernel cannot.
+    """
+
+def inject_fault(call: str, nth: int, action: str, value: int = 0) -> None:
+    """For tests alone: lets a system call of the file functions fail, in the whole process.
+
+    Faults add up until `clear_faults`. A call meets the one that was set first.
+
+    Args:
+        call: "open", "fstat", "fcntl", "fallocate", "ftruncate", "pwrite", "pread", "fsync", "close",
+            "renameat2", or "any", which counts them all.
+        nth: which of these calls, counted from 1 at the first fault that was set since `clear_faults`; 0 is
+            each. A call that is repeated because a signal interrupted it counts again.
+        action: "fail": reports the errno `value` and does nothing (a close does close). "shorten": a pread or
+            pwrite transfers at most `value` bytes. "kill": the process ends by SIGKILL instead of the call.
+        value: see `action`.
+
+    Raises:
+        ValueError: there is no such call or action, or they do not go together with `value`.
+    """
+
+def clear_faults() -> dict[str, int]:
+    """For tests alone: removes all faults that `inject_fault` set.
+
+    Returns:
+        How many calls of each kind were made since the first fault was set, "any" being their sum.
+
+    Example:
+        >>> from dtruntime_torch._C import clear_faults, inject_fault, write_file
+        >>> inject_fault("pwrite", 1, "fail", 28)
+        >>> write_file("file", [b"data"])
+        Traceback (most recent call last):
+        OSError: [Errno 28] No space left on device (writing 4 bytes at offset 0): 'file'
+        >>> clear_faults()["pwrite"]
+        1
     """
 
 def permute(n: int, key: tuple[int, int], start: int, stride: int, count: int, version: int = 0) -> list[int]:

@@ -78,9 +78,9 @@ size_t check_size(int64_t value, const char* name) {
   return static_cast<size_t>(value);
 }
 
-unsigned check_threads(int64_t threads) {
+unsigned check_threads(int64_t threads, const char* name) {
   if (threads < 0 || threads > std::numeric_limits<int>::max()) {
-    throw py::value_error("threads must not be negative, got " + std::to_string(threads));
+    throw py::value_error(std::string(name) + " must not be negative, got " + std::to_string(threads));
   }
   return static_cast<unsigned>(threads);
 }

@@ -30,6 +30,8 @@ void bind_file_io(py::module_& module);
 void bind_permutation(py::module_& module);
 void bind_yardsticks(py::module_& module);
 
+void bind_system_calls(py::module_& module);
+
 // A Python object's contiguous bytes, pinned (no resize, no release) while this lives. Made and destroyed
 // with the GIL held; the bytes may be used without it.
 class Buffer {
@@ -94,7 +96,7 @@ std::vector<Copy> make_copies(const std::vector<uintptr_t>& sources, const std::
 
 // A count or a size from Python. Throws ValueError if it is negative.
 size_t check_size(int64_t value, const char* name);
-unsigned check_threads(int64_t threads);
+unsigned check_threads(int64_t threads, const char* name = "threads");
 
 // When a time-out of that many seconds from now ends; none is 30 years, and a negative one has ended. Throws
 // ValueError if it is not a number.

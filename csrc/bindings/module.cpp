@@ -12,3 +12,6 @@ PYBIND11_MODULE(_C, module) {
   bind_permutation(module);
   bind_yardsticks(module);
 }
+
+bind_system_calls(module);
+}

@@ -61,12 +61,12 @@ def test_what_is_written_is_read_back(folder, length, direct):
     assert bytes(_C.read_file(str(path), 0, length, direct=direct)) == DATA[:length]
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
-def test_any_number_of_threads_writes_the_same(tmp_path, threads):
+@pytest.mark.parametrize("queue_depth", [1, 2, 5])
+def test_any_queue_depth_writes_the_same(tmp_path, queue_depth):
     path = tmp_path / "file"
-    _C.write_file(path, [arena_with(DATA)], threads)
+    _C.write_file(path, [arena_with(DATA)], queue_depth)
     assert path.read_bytes() == DATA
-    assert bytes(_C.read_file(path, 0, len(DATA), threads)) == DATA
+    assert bytes(_C.read_file(path, 0, len(DATA), queue_depth)) == DATA
 
 
 @pytest.mark.parametrize("direct", [True, False])

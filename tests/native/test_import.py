@@ -44,7 +44,8 @@ def test_the_manual_lists_what_is_there():
     assert documented == {name for name in vars(_C) if not name.startswith("_")}
 
 
-def test_the_examples_of_the_manual_hold():
+def test_the_examples_of_the_manual_hold(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     nodes = [node for node in ast.walk(ast.parse(MANUAL)) if isinstance(node, ast.FunctionDef | ast.ClassDef)]
     runner = doctest.DocTestRunner()
     for node in nodes:
@@ -80,7 +81,9 @@ LONG_CALLS: dict[str, Callable[[], object]] = {
     "read_memory": lambda: _C.read_memory(DATA),
     "copy_streaming": lambda: _C.copy_streaming(ARENA, SOURCE),
     "write_file": lambda: _C.write_file(__file__, [DATA]),  # it exists: an error, after the disk was asked
+    "write_extents": lambda: _C.write_extents(__file__, DATA, [(0, 0, len(DATA))]),  # the same
     "read_file": lambda: _C.read_file(__file__, 0, 10),
+    "read_extents": lambda: _C.read_extents(__file__, ARENA, [(0, 0, 10)]),
     "rename_noreplace": lambda: _C.rename_noreplace(__file__, __file__),
     "permute": lambda: _C.permute(1000, (0, 0), 0, 1, 1000),
 }
