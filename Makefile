@@ -19,16 +19,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Quiet but for errors; those of a compiler come with the error.
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
+# What the extension is made of, and what the C++ tests add.
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+NATIVE_TESTS := $(shell find tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 .DEFAULT_GOAL := setup
 .DELETE_ON_ERROR:
-.PHONY: setup test demo lint format clean help FORCE
+.PHONY: setup test native-test demo lint format clean help FORCE
 
 setup: $(VENV)/installed  ## make .venv, with torch, the extension and the tools in it
 
 test: setup  ## run the tests; ARGS="tests/test_layers.py -x" goes to pytest
 	$(BIN)/python -m pytest $(ARGS)
+
+native-test:  ## run the C++ tests of csrc/core: as they are, under ASan and UBSan, under TSan; needs no .venv
+	$(call check_machine,native-test)
+	@echo "==> building what changed of the C++ tests"
+	@$(MAKE) --no-print-directory $(if $(filter -j%,$(MAKEFLAGS)),,-j2) -f tests/native/native.mk PYTHON='$(PYTHON)'
 
 demo: setup  ## train, kill, resume, and prove that nothing was lost; ARGS=--short is quicker
 	$(BIN)/python examples/kill_and_resume.py $(ARGS)
@@ -36,13 +43,13 @@ demo: setup  ## train, kill, resume, and prove that nothing was lost; ARGS=--sho
 lint: setup  ## check form and types
 	$(BIN)/black --quiet --check --diff .
 	$(BIN)/ruff check --quiet
-	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(NATIVE_TESTS)
 	$(BIN)/mypy
 
 format: setup  ## bring everything into form
 	$(BIN)/ruff check --quiet --fix-only
 	$(BIN)/black --quiet .
-	$(BIN)/clang-format -i $(SOURCES)
+	$(BIN)/clang-format -i $(SOURCES) $(NATIVE_TESTS)
 
 clean:  ## remove what was built, and caches; .venv stays, for torch is large
 	rm -rf build dist dtruntime_torch.egg-info dtruntime_torch/_C*.so
@@ -50,17 +57,17 @@ clean:  ## remove what was built, and caches; .venv stays, for torch is large
 	find . -path ./$(VENV) -prune -o -name __pycache__ -exec rm -rf {} +
 
 help:
-	@sed -n 's/^\([a-z]*\):.*## /make \1 - /p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /make \1 - /p' Makefile
 
 # The set-up in three steps. Each leaves a file that is newer than all that the step was made from, so that a
 # step is done again only when that changed. Python sources need no step: the install is editable.
 
-# Stops with one sentence if the machine lacks something.
-check_machine = $(eval LACKS := $(shell scripts/check_machine.sh '$(PYTHON)' '$(CXX)'))$(if $(LACKS),$(error $(LACKS)))
+# Stops with one sentence if the machine lacks something for that target.
+check_machine = $(eval LACKS := $(shell scripts/check_machine.sh '$(PYTHON)' '$(CXX)' $(1)))$(if $(LACKS),$(error $(LACKS)))
 
 # A .venv knows its own place: in a folder that was moved or copied it is made anew.
 $(BIN)/python: $(if $(filter $(CURDIR),$(shell cat $(VENV)/made-in 2>/dev/null)),,FORCE)
-	$(check_machine)
+	$(call check_machine,setup)
 	@echo "==> making $(VENV) with $(PYTHON)"
 	@$(PYTHON) -m venv --clear $(VENV)
 	@echo '$(CURDIR)' > $(VENV)/made-in
@@ -76,7 +83,7 @@ $(VENV)/torch: FORCE | $(BIN)/python
 		set -f && $(PIP) install $$TORCH && echo "$$TORCH" > $@; }
 
 $(VENV)/installed: $(VENV)/torch pyproject.toml setup.py $(SOURCES) $(if $(wildcard dtruntime_torch/_C*.so),,FORCE)
-	$(check_machine)
+	$(call check_machine,setup)
 	@echo "==> building the extension and installing the tools"
 	@$(PIP) install 'setuptools>=77.0.3' wheel ninja
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-build-isolation --editable '.[dev]'
