@@ -10,14 +10,9 @@ This stub is its manual. What holds for all of it:
   Whoever writes to it during the call gets an undefined digest or file.
 - Every call that works on data releases the GIL, may be made from any thread, from several at once, and in
   a forked child.
-- `threads` is the number of threads that work, the calling one included. 0 lets the module choose: for
-  digests as many as there are CPUs to run on, at most 16; for files 8, which keeps that many requests in
-  flight whatever the number of CPUs. The pool that they come from is made at its first use.
 - `impl` names the variant of the digest loop, one of `digest_impls()`; all give the same digests. None takes
   the one that the process chose: the widest, or what the environment variable DTRUNTIME_DIGEST_IMPL named at
   the first use. A name that this machine cannot run is a ValueError that lists those it can.
-
-
 - `threads` is the number of threads that work, the calling one included. 0 lets the module choose: as many as
   there are CPUs to run on, at most 16. The pool that they come from is made at its first use.
 - `queue_depth` is the number of requests of 8 MiB to a file that are in flight at once, each on a thread of that

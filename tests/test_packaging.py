@@ -15,7 +15,7 @@ import dtruntime_torch
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("csrc", "dtruntime_torch", "LICENSE", "README.md", "pyproject.toml", "setup.py")
+PARTS = ("csrc", "dtruntime_torch", "LICENSE", "README.md", "pyproject.toml", "scripts", "setup.py")
 NOT_SOURCES = shutil.ignore_patterns("__pycache__", "*.so")
 
 

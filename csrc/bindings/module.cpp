@@ -11,7 +11,5 @@ PYBIND11_MODULE(_C, module) {
   bind_file_io(module);
   bind_permutation(module);
   bind_yardsticks(module);
-}
-
-bind_system_calls(module);
+  bind_system_calls(module);
 }

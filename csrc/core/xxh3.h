@@ -12,6 +12,13 @@
 
 #include "bytes.h"
 
+// Device code has a copy of each table of its own, in constant memory: it does not see one of the host.
+#if defined(__CUDA_ARCH__)
+#define DTRUNTIME_CONSTANT __constant__
+#else
+#define DTRUNTIME_CONSTANT
+#endif
+
 namespace dtruntime {
 
 struct Xxh3Digest {
@@ -63,7 +70,7 @@ DTRUNTIME_HOST_DEVICE constexpr Secret make_secret() {
 }
 
 DTRUNTIME_HOST_DEVICE inline const uint8_t* secret() {
-  static constexpr Secret kSecret = make_secret();
+  static DTRUNTIME_CONSTANT constexpr Secret kSecret = make_secret();
   return kSecret.bytes;
 }
 
