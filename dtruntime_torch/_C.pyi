@@ -389,6 +389,7 @@ def copy_streaming(target: Buffer, source: Buffer, threads: int = 0) -> None:
         ValueError: they differ in length.
     """
 
+
 def write_file(
     path: str | bytes | PathLike[str], data: Iterable[Buffer], queue_depth: int = 0, direct: bool = True
 ) -> None:
@@ -545,6 +546,111 @@ def clear_faults() -> dict[str, int]:
         OSError: [Errno 28] No space left on device (writing 4 bytes at offset 0): 'file'
         >>> clear_faults()["pwrite"]
         1
+
+
+def cuda_device_count() -> int:
+    """Gives the number of CUDA devices: 0 without a driver, and in a build without CUDA.
+
+    What holds for all functions `cuda_*` but this one: they enqueue their work on a stream and return without
+    waiting for it, also while the stream is captured into a CUDA graph. `device` is the number of the device and
+    `stream` the raw handle of one of its streams (`torch.cuda.Stream.cuda_stream`; 0 is the default stream).
+    Memory is given by address and trusted: a wrong one ends in a fault on the device. It must stay valid until
+    the stream has passed the work: torch's caching allocator sees to that for memory that was allocated with
+    the same stream current.
+
+    Raises for all of them: ValueError if a number is out of range, before anything is enqueued; RuntimeError in
+    CUDA's own words if the work cannot be enqueued, and in a build without CUDA, which says how to build with it.
+
+    Example:
+        >>> from dtruntime_torch._C import cuda_device_count
+        >>> cuda_device_count() >= 0
+        True
+    """
+
+def cuda_list_chunks(
+    sources: Sequence[int],
+    lengths: Sequence[int],
+    targets: Sequence[int],
+    chunk_bytes: int,
+    chunks: int,
+    device: int,
+    stream: int,
+) -> None:
+    """Stores the list of chunks that the other functions work on.
+
+    Args:
+        sources: the address of each piece of memory, at any alignment.
+        lengths: bytes of each. One of 0 bytes has no chunk.
+        targets: where each is to be copied: device memory, or pinned memory of the host that is mapped for the
+            device. 0 where it is not copied; may be empty if none is.
+        chunk_bytes: size of a chunk, counted from the start of each piece; its last one may be shorter.
+        chunks: device memory, aligned to 8, of 24 bytes a chunk.
+        device: see `cuda_device_count`.
+        stream: see there.
+    """
+
+def cuda_digest(
+    chunks: int, count: int, digests: int, queue: int, device: int, stream: int, copy: bool = False
+) -> None:
+    """Stores the digest of each chunk of a list, as `digest` gives it.
+
+    Args:
+        chunks: what `cuda_list_chunks` stored.
+        count: how many there are, below 2**31.
+        digests: device memory of 16 bytes a chunk, aligned to 16.
+        queue: scratch memory of 4 bytes, aligned to 4, this call's own until the stream has passed it.
+        device: see `cuda_device_count`.
+        stream: see there.
+        copy: copies each chunk to its target in the same pass. Then each has one, and none overlaps a source.
+    """
+
+def cuda_find_changed(
+    digests: int, known: int, count: int, changed: int, changed_count: int, device: int, stream: int
+) -> None:
+    """Compares digests with known ones, and brings these up to date.
+
+    Args:
+        digests: of `count` chunks, 16 bytes each, aligned to 16.
+        known: as many, aligned to 16; equal to `digests` afterwards.
+        count: below 2**31.
+        changed: where the numbers of the chunks that differ go, in any order: room for `count` uint32.
+        changed_count: where their number goes: one uint32.
+        device: see `cuda_device_count`.
+        stream: see there.
+    """
+
+def cuda_gather_changed(
+    chunks: int,
+    changed: int,
+    changed_count: int,
+    most: int,
+    staging: int,
+    stride: int,
+    device: int,
+    stream: int,
+) -> None:
+    """Copies the chunks that changed to one place, or each to its target.
+
+    Args:
+        chunks: what `cuda_list_chunks` stored.
+        changed: what `cuda_find_changed` stored, which is read on the device.
+        changed_count: the same.
+        most: no more chunks than this can have changed, below 2**31.
+        staging: the i-th changed chunk goes to `staging + i * stride`; 0: to its own target.
+        stride: at least the length of the longest chunk.
+        device: see `cuda_device_count`.
+        stream: see there.
+    """
+
+def cuda_read(data: int, nbytes: int, sink: int, device: int, stream: int) -> None:
+    """Reads memory as fast as plain loads can, which is what the speed of `cuda_digest` is compared with.
+
+    Args:
+        data: device memory, aligned to 16.
+        nbytes: how much.
+        sink: device memory of 8 bytes, where a sum that nobody needs goes.
+        device: see `cuda_device_count`.
+        stream: see there.
     """
 
 def permute(n: int, key: tuple[int, int], start: int, stride: int, count: int, version: int = 0) -> list[int]:

@@ -6,6 +6,7 @@ The public names are loaded when they are first used, so that the command line s
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING
 
 from dtruntime_torch import errors
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from dtruntime_torch.sampler import ElasticDistributedSampler
     from dtruntime_torch.storage import LocalBackend, MemoryBackend, StorageBackend
     from dtruntime_torch.writer import CheckpointWriter
+
+if sys.modules.get("torch") is not None:
+    importlib.import_module("dtruntime_torch.ops")  # they belong to torch.ops, where a user looks for them
 
 _HOMES = {
     "CheckpointHook": "dtruntime_torch.hook",

@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "checkpoint.dtypes checkpoint.names",
         "checkpoint.specs",
     ),
-    ("build storage storage.*",),
+    ("build op_checks storage storage.*", "ops"),
     (
         "checkpoint.layout checkpoint.lineage checkpoint.objects checkpoint.save_plan testing testing.*",
         "checkpoint.format.records checkpoint.format.strict_json",
@@ -180,6 +180,11 @@ def test_the_package_itself_loads_only_the_lowest_layer():
     }
     assert loaded <= {f"{PACKAGE}.errors", f"{PACKAGE}._version.__version__"}
     assert not any(isinstance(node, ast.Import) and node.names[0].name == "torch" for node in body)
+    (choice,) = [
+        node for node in body if isinstance(node, ast.If) and ast.unparse(node.test) != "TYPE_CHECKING"
+    ]
+    assert ast.unparse(choice.test) == "sys.modules.get('torch') is not None"
+    assert ast.unparse(choice.body) == f"importlib.import_module('{PACKAGE}.ops')" and not choice.orelse
 
 
 PURE = [name for name in MODULES if [layer for layer, _ in places_of(name)] == [PURE_LAYER]]

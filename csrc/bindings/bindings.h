@@ -24,13 +24,13 @@ namespace py = pybind11;
 void bind_arena(py::module_& module);
 void bind_build_info(py::module_& module);
 void bind_copy_job(py::module_& module);
+void bind_cuda(py::module_& module);
 void bind_digest(py::module_& module);
 void bind_digest_into(py::module_& module);
 void bind_file_io(py::module_& module);
 void bind_permutation(py::module_& module);
-void bind_yardsticks(py::module_& module);
-
 void bind_system_calls(py::module_& module);
+void bind_yardsticks(py::module_& module);
 
 // A Python object's contiguous bytes, pinned (no resize, no release) while this lives. Made and destroyed
 // with the GIL held; the bytes may be used without it.

@@ -6,10 +6,11 @@ PYBIND11_MODULE(_C, module) {
   bind_arena(module);
   bind_build_info(module);
   bind_copy_job(module);
+  bind_cuda(module);
   bind_digest(module);
   bind_digest_into(module);
   bind_file_io(module);
   bind_permutation(module);
-  bind_yardsticks(module);
   bind_system_calls(module);
+  bind_yardsticks(module);
 }

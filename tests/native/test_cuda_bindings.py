@@ -1,0 +1,125 @@
+"""The functions `cuda_*` of the native module: what they refuse, what they hand on, and what is said without CUDA."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from torch.utils import cpp_extension
+
+from dtruntime_torch import _C
+
+ROOT = Path(__file__).resolve().parents[2]
+NO_SUCH_DEVICE = 9999
+
+CALLS: dict[str, Callable[[], object]] = {
+    "list_chunks": lambda: _C.cuda_list_chunks([16], [1], [], 1, 16, NO_SUCH_DEVICE, 0),
+    "digest": lambda: _C.cuda_digest(16, 1, 16, 16, NO_SUCH_DEVICE, 0),
+    "copy_digest": lambda: _C.cuda_digest(16, 1, 16, 16, NO_SUCH_DEVICE, 0, copy=True),
+    "find_changed": lambda: _C.cuda_find_changed(16, 16, 1, 16, 16, NO_SUCH_DEVICE, 0),
+    "gather_changed": lambda: _C.cuda_gather_changed(16, 16, 16, 1, 16, 1, NO_SUCH_DEVICE, 0),
+    "read": lambda: _C.cuda_read(16, 16, 16, NO_SUCH_DEVICE, 0),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_cannot_be_enqueued_is_an_error(name):
+    with pytest.raises(RuntimeError):
+        CALLS[name]()
+
+
+@pytest.mark.skipif(_C.build_info()["cuda"] is not False, reason="shows what a build without CUDA says")
+@pytest.mark.parametrize("name", CALLS)
+def test_a_build_without_cuda_says_how_to_build_with_it(name):
+    with pytest.raises(RuntimeError, match="built without CUDA; build it again with CUDA_HOME"):
+        CALLS[name]()
+    assert _C.cuda_device_count() == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "what"),
+    [
+        (lambda: _C.cuda_list_chunks([16, 32], [1], [], 1, 16, 0, 0), "sources and lengths"),
+        (lambda: _C.cuda_list_chunks([16], [1], [16, 16], 1, 16, 0, 0), "sources and targets"),
+        (lambda: _C.cuda_list_chunks([16], [-1], [], 1, 16, 0, 0), "length must not be negative"),
+        (lambda: _C.cuda_list_chunks([16], [1], [], 0, 16, 0, 0), "chunk_bytes must be at least 1"),
+        (lambda: _C.cuda_digest(16, -1, 16, 16, 0, 0), "count must not be negative"),
+        (lambda: _C.cuda_digest(16, 1 << 31, 16, 16, 0, 0), r"count must be below 2\*\*31"),
+        (lambda: _C.cuda_digest(16, 1, 24, 16, 0, 0), "digests must be aligned to 16"),
+        (lambda: _C.cuda_find_changed(24, 16, 1, 16, 16, 0, 0), "digests must be aligned"),
+        (lambda: _C.cuda_find_changed(16, 24, 1, 16, 16, 0, 0), "known must be aligned"),
+        (lambda: _C.cuda_find_changed(16, 16, 1 << 31, 16, 16, 0, 0), "count must be below"),
+        (lambda: _C.cuda_gather_changed(16, 16, 16, 1 << 31, 16, 1, 0, 0), "most must be below"),
+        (lambda: _C.cuda_gather_changed(16, 16, 16, 1, 16, -1, 0, 0), "stride must not be negative"),
+        (lambda: _C.cuda_read(8, 1, 16, 0, 0), "data must be aligned"),
+        (lambda: _C.cuda_read(16, -1, 16, 0, 0), "nbytes must not be negative"),
+    ],
+    ids=lambda value: value.replace(" ", "_") if isinstance(value, str) else "",
+)
+def test_what_is_out_of_range_is_refused(call, what):
+    with pytest.raises(ValueError, match=what):
+        call()
+
+
+@pytest.fixture(scope="module")
+def recorder(tmp_path_factory) -> ModuleType:
+    """The same bindings over functions that write down how they were called."""
+    library = tmp_path_factory.mktemp("recorder") / "cuda_recorder.so"
+    compiler = os.environ.get("CXX") or shutil.which("c++") or "c++"
+    includes = [*cpp_extension.include_paths(), sysconfig.get_path("include")]
+    sources = ["csrc/bindings/arguments.cpp", "csrc/bindings/cuda.cpp", "tests/native/cuda_recorder.cpp"]
+    flags = ["-std=c++20", "-O0", "-shared", "-fPIC", "-fvisibility=hidden"]
+    subprocess.run(
+        [*compiler.split(), *flags, *(f"-I{path}" for path in includes), "-xc++", "-", "-o", str(library)],
+        input="".join(
+            f'#include "{ROOT / source}"\n' for source in sources
+        ),  # at once: pybind11 is slow to read
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    spec = importlib.util.spec_from_file_location("cuda_recorder", library)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "arguments", "calls"),
+    [
+        (
+            "cuda_list_chunks",
+            ([1, 2], [10, 20], [], 5, 7, 3, 9),
+            ["range 1 10 0 on 3:9", "range 2 20 0 on 3:9", "list_chunks 5 7 on 3:9"],
+        ),
+        (
+            "cuda_list_chunks",
+            ([1, 2], [10, 20], [0, 4], 5, 7, 3, 9),
+            ["range 1 10 0 on 3:9", "range 2 20 4 on 3:9", "list_chunks 5 7 on 3:9"],
+        ),
+        ("cuda_digest", (1, 2, 16, 4, 3, 9), ["digest_chunks 1 2 16 4 on 3:9"]),
+        ("cuda_digest", (1, 2, 16, 4, 3, 9, True), ["copy_digest_chunks 1 2 16 4 on 3:9"]),
+        ("cuda_find_changed", (16, 32, 2, 4, 5, 3, 9), ["find_changed 16 32 2 4 5 on 3:9"]),
+        ("cuda_gather_changed", (1, 2, 4, 5, 6, 7, 3, 9), ["gather_changed 1 2 4 5 6 7 on 3:9"]),
+        ("cuda_read", (16, 2, 4, 3, 9), ["read_memory 16 2 4 on 3:9"]),
+        ("cuda_read", (16, 2, 4, 3, (1 << 64) - 1), [f"read_memory 16 2 4 on 3:{(1 << 64) - 1}"]),
+    ],
+)
+def test_every_argument_goes_to_its_place(recorder, name, arguments, calls):
+    recorder.calls()
+    getattr(recorder, name)(*arguments)
+    assert recorder.calls() == calls
+
+
+@pytest.mark.slow
+def test_the_number_of_devices_is_handed_back(recorder):
+    assert recorder.cuda_device_count() == 3
