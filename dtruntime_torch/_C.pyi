@@ -389,7 +389,6 @@ def copy_streaming(target: Buffer, source: Buffer, threads: int = 0) -> None:
         ValueError: they differ in length.
     """
 
-
 def write_file(
     path: str | bytes | PathLike[str], data: Iterable[Buffer], queue_depth: int = 0, direct: bool = True
 ) -> None:
@@ -546,7 +545,7 @@ def clear_faults() -> dict[str, int]:
         OSError: [Errno 28] No space left on device (writing 4 bytes at offset 0): 'file'
         >>> clear_faults()["pwrite"]
         1
-
+    """
 
 def cuda_device_count() -> int:
     """Gives the number of CUDA devices: 0 without a driver, and in a build without CUDA.

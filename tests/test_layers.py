@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("build op_checks storage storage.*", "ops"),
     (
-        "checkpoint.layout checkpoint.lineage checkpoint.objects checkpoint.save_plan testing testing.*",
+        "checkpoint.copy_plan checkpoint.layout checkpoint.lineage checkpoint.objects checkpoint.save_plan testing testing.*",
         "checkpoint.format.records checkpoint.format.strict_json",
         "checkpoint.arguments checkpoint.format.checks checkpoint.load_plan checkpoint.format.part_json checkpoint.read_requests",
         "checkpoint.format.manifest_json",
@@ -44,7 +44,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "checkpoint.state.optimizer_target",
         "checkpoint.targets",
     ),
-    ("checkpoint.commit checkpoint.contents checkpoint.shard_file checkpoint.staging checkpoint.verify",),
+    (
+        "checkpoint.commit checkpoint.contents checkpoint.device checkpoint.shard_file checkpoint.verify",
+        "checkpoint.device_copies checkpoint.sources",
+        "checkpoint.stager",
+        "checkpoint.staging",
+    ),
     ("checkpoint.publish checkpoint.restore", "checkpoint.save"),
     ("manager rng sampler", "writer"),
     ("cli cli.* hook",),

@@ -26,7 +26,8 @@ from dtruntime_torch.checkpoint.objects import Json
 from dtruntime_torch.checkpoint.publish import Publisher, Snapshot
 from dtruntime_torch.checkpoint.save_plan import make_save_plan
 from dtruntime_torch.checkpoint.specs import FlatSpecs, SavePlan
-from dtruntime_torch.checkpoint.staging import stage
+from dtruntime_torch.checkpoint.stager import Stager
+from dtruntime_torch.checkpoint.staging import make_room, stage
 from dtruntime_torch.errors import BarrierTimeout, CommitConflict
 from dtruntime_torch.membership import Membership
 from dtruntime_torch.storage import StorageBackend
@@ -61,7 +62,7 @@ class Saver:
         self._lineage = lineage
         self._chunk_bytes = chunk_bytes
         self._publisher = Publisher(backend, name, members, lineage)
-        self._arena = _C.Arena(0)
+        self._stager = Stager(_C.Arena(0), chunk_bytes)
         self._structure: Structure | None = None
         self._sequence = 0
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dtruntime-save")
@@ -113,7 +114,7 @@ class Saver:
         """
         self.wait()
         self._executor.shutdown()
-        self._arena = _C.Arena(0)
+        self._stager = Stager(_C.Arena(0), self._chunk_bytes)
         handle, self._handle = self._handle, None
         failure = handle.unseen_failure() if handle is not None else None
         if failure is not None:
@@ -149,7 +150,7 @@ class Saver:
         attempt = self._publisher.open(key, step) if self._lineage.generation is None else None
         began = time.perf_counter()
         layout = structure.layout
-        digests = stage(self._arena, layout, flat.tensors, self._chunk_bytes)
+        digests = stage(self._stager, layout, flat.tensors, self._members.barrier.timeout)
         metrics.staging_seconds = time.perf_counter() - began
         metrics.staged_bytes = sum(slot.nbytes for slot in layout.slots)
         return Snapshot(
@@ -157,7 +158,7 @@ class Saver:
             step=step,
             plan=structure.plan,
             layout=layout,
-            image=memoryview(self._arena)[: layout.length],
+            image=memoryview(self._stager.arena)[: layout.length],
             digests=digests,
             chunk_bytes=self._chunk_bytes,
             values={spec.fqn: flat.values[spec.fqn] for spec in structure.plan.objects},
@@ -175,16 +176,9 @@ class Saver:
             rank, world_size = self._members.rank, self._members.world_size
             plan = make_save_plan(rank, world_size, flat.specs, learnt.specs, learnt.members)
             layout = make_layout(plan)
-            self._make_room(layout.length)
+            self._stager = Stager(make_room(self._stager.arena, layout.length), self._chunk_bytes)
             self._structure = Structure(flat.specs, plan, layout)
         return self._structure
-
-    def _make_room(self, nbytes: int) -> None:
-        try:
-            self._arena.resize(nbytes)
-        except BufferError:
-            # The traceback of a failed save may still look at the old one, which lives as long as that.
-            self._arena = _C.Arena(nbytes)
 
     def _publish(self, snapshot: Snapshot) -> CheckpointInfo:
         try:

@@ -1,90 +1,78 @@
-"""Tensors into the arena, with the digest of every chunk.
-
-The arena is the image of the data file, so that a tensor is copied once, from where it lies to where it is
-written from. Host tensors that lie in one piece are copied and digested in one native pass; strided ones and
-those on a device are copied by torch straight into their slots and digested there.
-"""
+"""The staging of a save: its memory, and the step in which header and tensors become the image of the data file."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Mapping
+from functools import partial
 
 import torch
 
 from dtruntime_torch import _C
-from dtruntime_torch.checkpoint.layout import Layout, Slot
-from dtruntime_torch.checkpoint.specs import digest_length
+from dtruntime_torch.checkpoint.layout import Layout
+from dtruntime_torch.checkpoint.stager import Stager
+
+logger = logging.getLogger(__name__)
 
 
-def stage(arena: _C.Arena, layout: Layout, tensors: Mapping[str, torch.Tensor], chunk_bytes: int) -> bytes:
-    """Makes the arena the image of a data file.
+def make_room(arena: _C.Arena, nbytes: int) -> _C.Arena:
+    """Gives an arena of that size whose pages are there already: `arena` itself if nobody looks into it any more.
 
-    Returns when every byte is in the arena: the tensors may change from then on.
+    It is not there in forked children. In a process that uses CUDA it is pinned; where that is refused, staging
+    is slower, and a warning says so.
+
+    Raises:
+        MemoryError: the system refuses.
+
+    Example:
+        >>> make_room(_C.Arena(0), 10_000).nbytes
+        10000
+    """
+    # Pinning makes a context on a device, hundreds of megabytes there: not in a process that uses none.
+    pin = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    make = partial(_C.Arena, 0, pin=pin, dont_fork=True)
+    if arena.nbytes == 0 or pin != arena.pinned:
+        arena = make()
+    try:
+        try:
+            arena.resize(nbytes)
+        except BufferError:
+            # The traceback of a failed save may still look at the old one, which lives as long as that.
+            arena = make()
+            arena.resize(nbytes)
+    except RuntimeError as error:
+        logger.warning(
+            "staging memory could not be pinned, so copies from a device will stall training: %s", error
+        )
+    arena.populate()
+    return arena
+
+
+def stage(
+    stager: Stager, layout: Layout, tensors: Mapping[str, torch.Tensor], timeout: float | None = None
+) -> bytes:
+    """Makes the stager's arena the image of a data file.
+
+    Returns when every byte is in the arena: the tensors may change from then on. After an error the arena may be
+    used again.
 
     Args:
-        arena: at least `layout.length` bytes; nobody else uses it meanwhile.
+        stager: its arena holds at least `layout.length` bytes.
         layout: where each tensor goes.
         tensors: fqn -> this rank's shard, on any device, of any stride.
-        chunk_bytes: bytes of a chunk.
+        timeout: seconds to wait; None waits as long as it takes.
 
     Returns:
         The XXH3-128 digests of all chunks, in the order of `layout.slots`, 16 bytes each.
+
+    Raises:
+        BarrierTimeout: not all bytes are there yet.
+        SaveFailed: a device failed.
     """
-    memoryview(arena)[: len(layout.header)] = layout.header
-    in_one_piece = [slot for slot in layout.slots if _lies_in_one_piece(tensors[_fqn(slot)])]
-    others = [slot for slot in layout.slots if not _lies_in_one_piece(tensors[_fqn(slot)])]
-    digests = {
-        **_copy_native(arena, in_one_piece, tensors, chunk_bytes),
-        **_copy_by_torch(arena, others, tensors, chunk_bytes),
-    }
-    return b"".join(digests[slot.item.name] for slot in layout.slots)
-
-
-def _fqn(slot: Slot) -> str:
-    return slot.item.spec.fqn
-
-
-def _lies_in_one_piece(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.is_contiguous()
-
-
-def _copy_native(
-    arena: _C.Arena, slots: Sequence[Slot], tensors: Mapping[str, torch.Tensor], chunk_bytes: int
-) -> dict[str, bytes]:
-    digests = _C.copy_digest(
-        arena,
-        [tensors[_fqn(slot)].data_ptr() for slot in slots],
-        [slot.nbytes for slot in slots],
-        [slot.offset for slot in slots],
-        chunk_bytes,
-        torch.get_num_threads(),
-    )
-    return _by_name(slots, digests, chunk_bytes)
-
-
-def _copy_by_torch(
-    arena: _C.Arena, slots: Sequence[Slot], tensors: Mapping[str, torch.Tensor], chunk_bytes: int
-) -> dict[str, bytes]:
-    image = torch.frombuffer(arena, dtype=torch.uint8) if slots else torch.empty(0, dtype=torch.uint8)
-    for slot in slots:
-        if slot.nbytes:
-            source = tensors[_fqn(slot)]
-            place = image[slot.offset : slot.offset + slot.nbytes].view(source.dtype)
-            place.view(source.shape).copy_(source)
-    digests = _C.digest_ranges(
-        arena,
-        [slot.offset for slot in slots],
-        [slot.nbytes for slot in slots],
-        chunk_bytes,
-        torch.get_num_threads(),
-    )
-    return _by_name(slots, digests, chunk_bytes)
-
-
-def _by_name(slots: Sequence[Slot], digests: bytes, chunk_bytes: int) -> dict[str, bytes]:
-    named, start = {}, 0
-    for slot in slots:
-        stop = start + digest_length(slot.nbytes, chunk_bytes)
-        named[slot.item.name] = digests[start:stop]
-        start = stop
-    return named
+    staging = stager.start([(tensors[slot.item.spec.fqn], slot.offset) for slot in layout.slots])
+    try:
+        memoryview(stager.arena)[: len(layout.header)] = layout.header
+        return staging.wait(timeout)
+    except BaseException:
+        staging.cancel(timeout)
+        raise

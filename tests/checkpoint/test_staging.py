@@ -1,0 +1,116 @@
+"""The step of a save that makes the image of the data file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load
+
+from dtruntime_torch import _C
+from dtruntime_torch.checkpoint.layout import Layout, make_layout
+from dtruntime_torch.checkpoint.specs import SavePlan, TensorSpec, WriteItem
+from dtruntime_torch.checkpoint.stager import Stager
+from dtruntime_torch.checkpoint.staging import make_room, stage
+from dtruntime_torch.errors import BarrierTimeout
+from tests.checkpoint.late_device import LateDevice
+from tests.checkpoint.scattered_tensors import digests_of
+
+CHUNK = 64
+TENSORS = {
+    "bias": torch.arange(7, dtype=torch.int16),
+    "weight": torch.arange(60, dtype=torch.float32).view(6, 10),
+    "turned": torch.arange(12, dtype=torch.float64).view(3, 4).T,
+    "empty": torch.empty(0, 4),
+}
+
+
+def layout_of(tensors: dict[str, torch.Tensor]) -> Layout:
+    def spec(index: int, fqn: str, tensor: torch.Tensor) -> TensorSpec:
+        shape = tuple(tensor.shape)
+        return TensorSpec(
+            fqn, (), index, str(tensor.dtype).removeprefix("torch."), shape, (0,) * len(shape), shape
+        )
+
+    specs = [spec(index, fqn, tensor) for index, (fqn, tensor) in enumerate(tensors.items())]
+    return make_layout(SavePlan(0, 1, tuple(WriteItem(spec, spec.fqn) for spec in specs), ()))
+
+
+def test_stock_safetensors_reads_the_arena():
+    layout = layout_of(TENSORS)
+    arena = _C.Arena(layout.length)
+    stage(Stager(arena, CHUNK), layout, TENSORS)
+    found = load(bytes(memoryview(arena)))
+    assert found.keys() == TENSORS.keys()
+    for fqn, tensor in TENSORS.items():
+        assert torch.equal(found[fqn], tensor) and found[fqn].dtype == tensor.dtype
+
+
+def test_digests_are_in_the_order_of_the_file():
+    layout = layout_of(TENSORS)
+    arena = _C.Arena(layout.length)
+    digests = stage(Stager(arena, CHUNK), layout, TENSORS)
+    image = bytes(memoryview(arena))
+    assert [slot.item.name for slot in layout.slots] == ["turned", "weight", "empty", "bias"]
+    assert digests == b"".join(
+        digests_of(image[slot.offset : slot.offset + slot.nbytes], CHUNK) for slot in layout.slots
+    )
+
+
+def test_after_a_failure_the_arena_may_be_used_again():
+    tensors = {"weight": torch.arange(60, dtype=torch.float32)}
+    layout, device = layout_of(tensors), LateDevice()
+    device.hold(tensors["weight"])
+    stager = Stager(_C.Arena(layout.length), CHUNK, find_device=device.find)
+    device.refuse = 0
+    with pytest.raises(RuntimeError, match="pair 0"):
+        stage(stager, layout, tensors)
+    device.refuse = None
+    stage(stager, layout, tensors)
+    assert torch.equal(load(bytes(memoryview(stager.arena)))["weight"], tensors["weight"])
+
+
+def test_a_device_that_does_not_answer_is_given_up():
+    tensors = {"weight": torch.arange(60, dtype=torch.float32)}
+    layout, device = layout_of(tensors), LateDevice()
+    device.hold(tensors["weight"])
+    with pytest.raises(BarrierTimeout, match="0 of 240 bytes"):
+        stage(Stager(_C.Arena(layout.length), CHUNK, find_device=device.find), layout, tensors, timeout=0)
+
+
+def test_room_is_made_in_the_same_arena():
+    arena = make_room(_C.Arena(0), 1 << 20)
+    address = arena.address
+    assert make_room(arena, (1 << 20) - 5) is arena
+    assert arena.nbytes == (1 << 20) - 5 and arena.address == address
+
+
+def test_room_is_made_anew_while_somebody_looks_at_the_old():
+    arena = make_room(_C.Arena(0), 100)
+    view = memoryview(arena)
+    view[:3] = b"abc"
+    other = make_room(arena, 200)
+    memoryview(other)[:] = bytes(200)
+    assert other is not arena and bytes(view[:3]) == b"abc"
+
+
+def mapping_of(arena: _C.Arena) -> dict[str, str]:
+    """What /proc/self/smaps says of the mapping that the arena starts in."""
+    blocks = re.split(
+        r"^([0-9a-f]+)-([0-9a-f]+) .*$", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE
+    )
+    for start, stop, fields in zip(blocks[1::3], blocks[2::3], blocks[3::3], strict=True):
+        if int(start, 16) <= arena.address < int(stop, 16):
+            return dict(line.split(":", 1) for line in fields.strip().splitlines())
+    raise AssertionError("the arena is not mapped")
+
+
+def test_the_pages_of_room_are_there_before_they_are_written():
+    arena = make_room(_C.Arena(0), 8 << 20)
+    assert int(mapping_of(arena)["Rss"].split()[0]) >= 8 << 10
+
+
+def test_room_is_not_there_in_a_forked_child():
+    assert "dc" in mapping_of(make_room(_C.Arena(0), 8 << 20))["VmFlags"].split()
