@@ -12,7 +12,7 @@ CXX := c++
 endif
 export CXX TORCH
 
-# More arguments for what `make test` and `make demo` run.
+# More arguments for what `make test`, `make demo` and `make bench` run.
 ARGS ?=
 
 VENV := .venv
@@ -25,7 +25,7 @@ NATIVE_TESTS := $(shell find tests/native -name '*.h' -o -name '*.cpp' -o -name 
 
 .DEFAULT_GOAL := setup
 .DELETE_ON_ERROR:
-.PHONY: setup test native-test demo lint format clean help FORCE
+.PHONY: setup test native-test bench demo lint format clean help FORCE
 
 setup: $(VENV)/installed  ## make .venv, with torch, the extension and the tools in it
 
@@ -39,6 +39,9 @@ native-test:  ## run the C++ tests of csrc/core: as they are, under ASan and UBS
 
 demo: setup  ## train, kill, resume, and prove that nothing was lost; ARGS=--short is quicker
 	$(BIN)/python examples/kill_and_resume.py $(ARGS)
+
+bench: setup  ## run the benchmarks and write docs/BENCHMARKS.md; ARGS=--quick only tries them
+	$(BIN)/python -m benchmarks.run $(ARGS)
 
 lint: setup  ## check form and types
 	$(BIN)/black --quiet --check --diff .

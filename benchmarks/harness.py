@@ -3,20 +3,24 @@
 The disk and the memory of a shared machine are fast one second and slow the next, so a figure alone says little and a
 ratio of two figures from different runs says less. Each file `bench_*.py` has a function `cases()` that yields
 `Case`s; run as a program it prints one JSON line a case. `pytest benchmarks --benchmark-save=NAME` measures `ours` of the
-same cases, for a comparison of two versions.
+same cases, for a comparison of two versions. `make bench` runs them all and writes docs/BENCHMARKS.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
-import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+from dtruntime_torch.gpucheck.comparison import compare, gigabytes_per_second
+
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+REPETITIONS = 21
 
 
 @dataclass(frozen=True)
@@ -47,55 +51,72 @@ class Case:
 def measure(case: Case, repetitions: int) -> dict[str, object]:
     """Runs both in turns, after one run of each that is not counted.
 
+    Args:
+        case: what to run.
+        repetitions: how often, at least once.
+
     Returns:
-        What is printed. `ratio` is above 1 where ours is better: the median of the ratios of neighbouring runs. Spread is
-        that of the quartiles of these ratios.
+        What is printed: the fields of `dtruntime_torch.gpucheck.comparison.Comparison`.
     """
-    seconds: dict[str, list[float]] = {"ours": [], "peer": []}
-    for repetition in range(-1, repetitions):
-        for side in ("ours", "peer"):
-            case.before()
-            taken = _time(getattr(case, side), case.clock)
-            if repetition >= 0:
-                seconds[side].append(taken)
-    ratios = [peer / ours for ours, peer in zip(seconds["ours"], seconds["peer"], strict=True)]
-    quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
-    return {
-        "metric": case.metric,
-        "unit": "GB/s" if case.clock == "wall" else "CPU s/GiB",
-        "ours": _figure(case, statistics.median(seconds["ours"])),
-        "peer": _figure(case, statistics.median(seconds["peer"])),
-        "peer_name": case.peer_name,
-        "ratio": round(statistics.median(ratios), 3),
-        "spread": [round(quartiles[0], 3), round(quartiles[2], 3)],
-        "goal": case.goal,
-        "repetitions": repetitions,
-    }
+    ours, peer = [], []
+    for _ in range(1 + repetitions):
+        ours.append(_seconds(case, case.ours))
+        peer.append(_seconds(case, case.peer))
+    figures = gigabytes_per_second if case.clock == "wall" else _seconds_per_gib
+    return compare(
+        case.metric,
+        ours[1:],
+        peer[1:],
+        peer_name=case.peer_name,
+        unit="GB/s" if case.clock == "wall" else "CPU s/GiB",
+        figure=figures(case.nbytes),
+        goal=case.goal,
+    ).as_json()
 
 
-def main(cases: Callable[[], Iterable[Case]]) -> None:
+def modules() -> list[str]:
+    """The names of the benchmarks, as `python -m` takes them."""
+    return [f"benchmarks.{path.stem}" for path in sorted(Path(__file__).parent.glob("bench_*.py"))]
+
+
+def all_cases() -> Iterator[Case]:
+    """The cases of all benchmarks."""
+    for name in modules():
+        yield from importlib.import_module(name).cases()
+
+
+def main(cases: Callable[[], Iterable[Case]], arguments: Sequence[str] | None = None) -> None:
     """Runs a benchmark as a program: one JSON line a case.
 
     Args:
         cases: the function of the module that yields them.
+        arguments: instead of those of the command line.
     """
     parser = argparse.ArgumentParser(description="ours and a peer in turns; one JSON line a metric")
-    parser.add_argument("--repetitions", type=int, default=21)
-    parser.add_argument("--only", default="", help="metrics whose name contains this")
-    options = parser.parse_args()
+    parser.add_argument(
+        "--repetitions", type=_at_least_one, default=REPETITIONS, help="runs of each; default: %(default)s"
+    )
+    parser.add_argument("--only", default="", metavar="TEXT", help="metrics whose name contains this")
+    options = parser.parse_args(arguments)
     for case in cases():
         if options.only in case.metric:
             print(json.dumps(measure(case, options.repetitions)), flush=True)
 
 
-def _time(work: Callable[[], object], clock: str) -> float:
-    now = CLOCKS[clock]
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("at least 1")
+    return number
+
+
+def _seconds(case: Case, work: Callable[[], object]) -> float:
+    case.before()
+    now = CLOCKS[case.clock]
     start = now()
     work()
     return now() - start
 
 
-def _figure(case: Case, seconds: float) -> float:
-    if case.clock == "wall":
-        return round(case.nbytes / seconds / 1e9, 3)
-    return round(seconds / (case.nbytes / (1 << 30)), 4)
+def _seconds_per_gib(nbytes: int) -> Callable[[float], float]:
+    return lambda seconds: seconds / (nbytes / (1 << 30))

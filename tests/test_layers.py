@@ -52,9 +52,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("checkpoint.publish checkpoint.restore", "checkpoint.save"),
     ("manager rng sampler", "writer"),
-    ("cli cli.* hook",),
+    ("cli cli.* gpucheck gpucheck.* hook",),
 )
-GROUPS = ("storage", "testing", "cli")
+GROUPS = ("storage", "testing", "cli", "gpucheck")
 
 # Layer 2 computes: torch's types, files and clocks reach it as arguments. `testing` stands beside it, not in it.
 PURE_LAYER = 2

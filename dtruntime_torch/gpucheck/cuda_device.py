@@ -1,0 +1,126 @@
+"""The device of the user: an NVIDIA GPU, by torch and the native module."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager
+
+import torch
+
+import dtruntime_torch.ops  # noqa: F401  registers torch.ops.dtruntime
+from dtruntime_torch import _C
+from dtruntime_torch.checkpoint.stager import Stager
+from dtruntime_torch.gpucheck.device import Event, NativeCalls
+from dtruntime_torch.gpucheck.machine import nvidia_driver
+
+COMPUTE_WIDTH = 2048
+
+
+def what_is_missing() -> list[str]:
+    """Says why nothing can be checked here: a sentence for each thing that is missing, none if all is there."""
+    missing = []
+    if torch.version.cuda is None:
+        missing.append(f"torch {torch.__version__} is a CPU build: install one that is built for CUDA.")
+    if _C.build_info()["cuda"] is False:
+        missing.append(
+            "This dtruntime_torch was built without CUDA: build it again with CUDA_HOME set to a CUDA toolkit."
+        )
+    if not missing:
+        missing += _what_the_driver_lacks()
+    return missing
+
+
+def _what_the_driver_lacks() -> list[str]:
+    """Torch and the native module each bring a CUDA runtime of their own; the driver has to suit both."""
+    if not torch.cuda.is_available():
+        return [
+            f"torch {torch.__version__} finds no GPU: is there one, with a driver for CUDA {torch.version.cuda}?"
+        ]
+    try:
+        found = _C.cuda_device_count()
+    except RuntimeError as error:
+        return [f"The native module cannot use the GPU that torch finds: {error}."]
+    if found == 0:
+        return [
+            f"The native module, built for CUDA {_C.build_info()['cuda']}, finds no GPU though torch does: is the driver "
+            "too old for it?"
+        ]
+    return []
+
+
+class CudaDevice:
+    """The current device of torch.cuda. `gpucheck.device.Device` says what each method does."""
+
+    kind = "gpu"
+    native: NativeCalls = _C
+
+    def __init__(self) -> None:
+        self.index = torch.cuda.current_device()
+        self.torch_device = torch.device("cuda", self.index)
+        self.name = torch.cuda.get_device_name(self.index)
+        self._side = torch.cuda.Stream(self.index)  # type: ignore[no-untyped-call]
+        square = (COMPUTE_WIDTH, COMPUTE_WIDTH)
+        self._factor = torch.rand(square, dtype=torch.float16, device=self.torch_device)
+        self._product = torch.empty_like(self._factor)
+
+    def describe(self) -> dict[str, object]:
+        facts = torch.cuda.get_device_properties(self.index)
+        return {
+            "kind": self.kind,
+            "name": self.name,
+            "capability": f"{facts.major}.{facts.minor}",
+            "multiprocessors": facts.multi_processor_count,
+            "memory": facts.total_memory,
+            "driver": nvidia_driver(),
+            "cuda_of_torch": torch.version.cuda,
+        }
+
+    def free_bytes(self) -> int:
+        return torch.cuda.mem_get_info(self.index)[0]
+
+    def stream(self) -> int:
+        return int(torch.cuda.current_stream(self.index).cuda_stream)
+
+    def on_side_stream(self) -> AbstractContextManager[object]:
+        return torch.cuda.stream(self._side)
+
+    def record(self) -> Event:
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.index))
+        return event
+
+    def wait_for(self, event: Event) -> None:
+        assert isinstance(event, torch.cuda.Event)
+        torch.cuda.current_stream(self.index).wait_event(event)
+
+    def seconds_between(self, start: Event, stop: Event) -> float:
+        assert isinstance(start, torch.cuda.Event) and isinstance(stop, torch.cuda.Event)
+        stop.synchronize()
+        return float(start.elapsed_time(stop)) / 1e3
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.index)
+
+    def clock(self) -> float:
+        return time.perf_counter()
+
+    def arena(self, nbytes: int) -> _C.Arena:
+        return _C.Arena(nbytes, pin=True)
+
+    def stager(self, arena: _C.Arena, chunk_bytes: int) -> Stager:
+        return Stager(arena, chunk_bytes)
+
+    def digest(self, tensor: torch.Tensor, chunk_bytes: int) -> torch.Tensor:
+        digests: torch.Tensor = torch.ops.dtruntime.digest(tensor, chunk_bytes)
+        return digests
+
+    def copy_digest_(self, target: torch.Tensor, source: torch.Tensor, chunk_bytes: int) -> torch.Tensor:
+        digests: torch.Tensor = torch.ops.dtruntime.copy_digest_(target, source, chunk_bytes)
+        return digests
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        target.copy_(source, non_blocking=True)
+
+    def compute(self, rounds: int) -> None:
+        for _ in range(rounds):
+            torch.mm(self._factor, self._factor, out=self._product)

@@ -1,0 +1,147 @@
+"""The seam: what the checks need from the place where they run.
+
+`cuda_device.CudaDevice` is the one for users. The tests put one on the CPU behind it, whose native calls work on host
+memory. Work is enqueued on the current stream, in order, and may go on after the call returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol, TypeAlias
+
+import torch
+
+from dtruntime_torch import _C
+from dtruntime_torch.checkpoint.stager import Stager
+
+# A moment of a stream: whatever the device makes of it.
+Event: TypeAlias = object
+
+
+class NativeCalls(Protocol):
+    """The functions of `_C` for a device; `_C.pyi` explains them. `_C` itself is one of these."""
+
+    def cuda_list_chunks(
+        self,
+        sources: Sequence[int],
+        lengths: Sequence[int],
+        targets: Sequence[int],
+        chunk_bytes: int,
+        chunks: int,
+        device: int,
+        stream: int,
+    ) -> None: ...
+    def cuda_digest(
+        self,
+        chunks: int,
+        count: int,
+        digests: int,
+        queue: int,
+        device: int,
+        stream: int,
+        copy: bool = False,
+    ) -> None: ...
+    def cuda_find_changed(
+        self,
+        digests: int,
+        known: int,
+        count: int,
+        changed: int,
+        changed_count: int,
+        device: int,
+        stream: int,
+    ) -> None: ...
+    def cuda_gather_changed(
+        self,
+        chunks: int,
+        changed: int,
+        changed_count: int,
+        most: int,
+        staging: int,
+        stride: int,
+        device: int,
+        stream: int,
+    ) -> None: ...
+    def cuda_read(self, data: int, nbytes: int, sink: int, device: int, stream: int) -> None: ...
+
+
+class Device(Protocol):
+    """Where the checks run.
+
+    Attributes:
+        kind: "gpu", or what else it is: such a report is never taken for a GPU's.
+        name: what it calls itself.
+        torch_device: where tensors go.
+        index: its number, for the native calls.
+        native: those.
+    """
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def torch_device(self) -> torch.device: ...
+    @property
+    def index(self) -> int: ...
+    @property
+    def native(self) -> NativeCalls: ...
+
+    def describe(self) -> dict[str, object]:
+        """What it is, for the report; JSON."""
+
+    def free_bytes(self) -> int:
+        """Memory that can be had there."""
+
+    def stream(self) -> int:
+        """The current stream, for the native calls."""
+
+    def on_side_stream(self) -> AbstractContextManager[object]:
+        """Makes a second stream the current one, always the same."""
+
+    def record(self) -> Event:
+        """A moment of the current stream: when all that was enqueued there so far is done."""
+
+    def wait_for(self, event: Event) -> None:
+        """Lets the current stream go on only after that moment of another."""
+
+    def seconds_between(self, start: Event, stop: Event) -> float:
+        """Waits for both moments, and says how far apart they are."""
+
+    def synchronize(self) -> None:
+        """Waits until all that was enqueued is done."""
+
+    def clock(self) -> float:
+        """Seconds, on the host."""
+
+    def arena(self, nbytes: int) -> _C.Arena:
+        """Host memory to which copies run beside computation, and which the device can write."""
+
+    def stager(self, arena: _C.Arena, chunk_bytes: int) -> Stager:
+        """What is under test."""
+
+    def digest(self, tensor: torch.Tensor, chunk_bytes: int) -> torch.Tensor:
+        """`torch.ops.dtruntime.digest`."""
+
+    def copy_digest_(self, target: torch.Tensor, source: torch.Tensor, chunk_bytes: int) -> torch.Tensor:
+        """`torch.ops.dtruntime.copy_digest_`."""
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Enqueues a plain copy between the device and an arena."""
+
+    def compute(self, rounds: int) -> None:
+        """Enqueues as many rounds of the same arithmetic, which hardly touches memory."""
+
+
+def on_host(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous uint8 tensor, once all that was enqueued for it is done."""
+    return tensor.cpu().numpy().data
+
+
+def random_bytes(device: Device, nbytes: int, seed: int) -> torch.Tensor:
+    """Fresh bytes on the device, the same for the same seed."""
+    generator = torch.Generator(device.torch_device).manual_seed(seed)
+    return torch.randint(
+        0, 256, (nbytes,), dtype=torch.uint8, device=device.torch_device, generator=generator
+    )

@@ -1,0 +1,128 @@
+"""The CPU in the place of a GPU. Work is really done, at once; how long it takes is reckoned, not measured.
+
+Each stream has a time of its own, which every piece of work moves on by its bytes over a speed. So what a measurement
+says is known beforehand, on a machine of any load, and a device on which nothing overlaps is one line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+import dtruntime_torch.ops  # noqa: F401  registers torch.ops.dtruntime
+from dtruntime_torch import _C
+from dtruntime_torch.checkpoint.stager import Stager
+from dtruntime_torch.gpucheck.device import Event
+from dtruntime_torch.gpucheck.sizes import KIB, Sizes
+from tests.gpucheck.host_native import HostNative
+
+# GB/s of the reckoned device: a digest reaches 0.95 of a read.
+SPEED = {"read": 100.0, "digest": 95.0, "copy with digest": 40.0, "copy": 50.0}
+ROUND = 1e-7  # seconds of a round of computation
+TICK = 1e-3  # seconds from one look at the host's clock to the next
+
+TINY = Sizes(
+    longest=300,
+    ragged_chunks=50,
+    ragged_longest=3000,
+    chunk_sizes=(64 * KIB, 64 * KIB + 1),
+    chunked_bytes=200 * KIB,
+    large_bytes=3 << 20,
+    changed_chunks=40,
+    staging_bytes=400 * KIB,
+    staging_rounds=4,
+    copied_bytes=256 * KIB,
+    measured_bytes=(256 * KIB, 1 << 20),
+    other_chunk_sizes=(64 * KIB,),
+    launches=2,
+    repetitions=3,
+    layers=1,
+    width=64,
+    samples=1,
+    tokens=8,
+    steps=2,
+    windows=1,
+)
+
+
+class HostDevice:
+    """Stands in for `CudaDevice`.
+
+    Attributes:
+        overlaps: False makes it a device on which streams wait for each other.
+    """
+
+    kind = "stand-in"
+    name = "CPU, no GPU"
+    index = 3
+    torch_device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.overlaps = True
+        self._now = {"main": 0.0, "side": 0.0}
+        self._current = "main"
+        self._looks = 0
+        self.native = HostNative(lambda what, nbytes: self._spend(nbytes / SPEED[what] / 1e9), 3, self.stream)
+
+    def describe(self) -> dict[str, object]:
+        return {"kind": self.kind, "name": self.name}
+
+    def free_bytes(self) -> int:
+        return 1 << 30
+
+    def stream(self) -> int:
+        return {"main": 7, "side": 8}[self._current]
+
+    @contextmanager
+    def on_side_stream(self) -> Iterator[None]:
+        self._current = "side"
+        try:
+            yield
+        finally:
+            self._current = "main"
+
+    def record(self) -> float:
+        return self._now[self._current]
+
+    def wait_for(self, event: Event) -> None:
+        assert isinstance(event, float)
+        self._now[self._current] = max(self._now[self._current], event)
+
+    def seconds_between(self, start: Event, stop: Event) -> float:
+        assert isinstance(start, float) and isinstance(stop, float)
+        return stop - start
+
+    def synchronize(self) -> None:
+        self._now = dict.fromkeys(self._now, max(self._now.values()))
+
+    def clock(self) -> float:
+        self._looks += 1
+        return self._looks * TICK
+
+    def arena(self, nbytes: int) -> _C.Arena:
+        return _C.Arena(nbytes)
+
+    def stager(self, arena: _C.Arena, chunk_bytes: int) -> Stager:
+        return Stager(arena, chunk_bytes)
+
+    def digest(self, tensor: torch.Tensor, chunk_bytes: int) -> torch.Tensor:
+        self._spend(tensor.nbytes / SPEED["digest"] / 1e9)
+        digests: torch.Tensor = torch.ops.dtruntime.digest(tensor, chunk_bytes)
+        return digests
+
+    def copy_digest_(self, target: torch.Tensor, source: torch.Tensor, chunk_bytes: int) -> torch.Tensor:
+        digests: torch.Tensor = torch.ops.dtruntime.copy_digest_(target, source, chunk_bytes)
+        return digests
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        target.copy_(source)
+        self._spend(source.nbytes / SPEED["copy"] / 1e9)
+
+    def compute(self, rounds: int) -> None:
+        self._spend(rounds * ROUND)
+
+    def _spend(self, seconds: float) -> None:
+        for stream in [self._current] if self.overlaps else list(self._now):
+            self._now[stream] += seconds
