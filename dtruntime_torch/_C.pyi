@@ -263,7 +263,7 @@ class CopyJob:
 
     It starts as it is made. Threads of low priority (10 nicer than the one that made them) take the chunks in
     the order of the copies, so that a training loop keeps the CPUs that it needs. Who waits for some of the
-    copies does what is left of them itself, at its own priority.
+    copies does what is left of them, with as many threads of normal priority.
 
     Until it is done, or `cancel` has returned, the sources must stay readable and unchanged and the targets
     are its own; the source of copy `i` may be written again as soon as `wait([i])` has returned True. It keeps
@@ -311,7 +311,8 @@ class CopyJob:
 
         Raises:
             IndexError: there is no such copy.
-            RuntimeError: they are not done and never will be: it was cancelled, or this is a forked child.
+            RuntimeError: they are not done and never will be: this is a forked child, or it was cancelled, which
+                another thread may still be doing: call `cancel` before the sources go.
             KeyboardInterrupt: or whatever a signal's handler raises. The job goes on.
         """
 

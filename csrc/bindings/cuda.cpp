@@ -50,10 +50,9 @@ std::vector<cuda::DeviceRange> make_ranges(const Addresses& sources, const Sizes
 void list_chunks(const Addresses& sources, const Sizes& lengths, const Addresses& targets,
                  int64_t chunk_bytes, uintptr_t chunks, int device, uintptr_t stream) {
   const std::vector<cuda::DeviceRange> ranges = make_ranges(sources, lengths, targets);
-  if (chunk_bytes < 1)
-    throw py::value_error("chunk_bytes must be at least 1, got " + std::to_string(chunk_bytes));
+  const size_t chunk = check_chunk_bytes(chunk_bytes);
   raise_if_failed(without_gil([&] {
-    return cuda::list_chunks(ranges, static_cast<uint64_t>(chunk_bytes), pointer<cuda::DeviceChunk>(chunks),
+    return cuda::list_chunks(ranges, chunk, pointer<cuda::DeviceChunk>(chunks),
                              {device, pointer<void>(stream)});
   }));
 }

@@ -67,11 +67,9 @@ py::bytes py_copy_digest(py::object arena, const std::vector<uintptr_t>& sources
                          std::optional<bool> stream) {
   if (!py::isinstance<ArenaObject>(arena)) throw py::type_error("the target must be an Arena");
   const Buffer buffer(arena, Buffer::Access::kWrite);
-  const std::vector<Range> targets = make_ranges(offsets, lengths);
-  if (sources.size() != targets.size()) throw py::value_error("sources and lengths differ in number");
-  std::vector<Copy> copies(targets.size());
-  for (size_t i = 0; i < copies.size(); ++i)
-    copies[i] = {reinterpret_cast<const uint8_t*>(sources[i]), targets[i]};
+  const std::vector<Copy> copies = make_copies(sources, lengths, offsets);
+  std::vector<Range> targets;
+  for (const Copy& copy : copies) targets.push_back(copy.target);
   const size_t chunk = check_chunk_bytes(chunk_bytes);
   const unsigned count = check_threads(threads);
   const Xxh3Variant& variant = find_variant(impl);

@@ -23,6 +23,7 @@ CopyJob::CopyJob(std::span<uint8_t> arena, std::vector<Copy> copies, size_t chun
       targets_(targets_of(copies_)),
       chunks_(targets_, chunk_bytes),
       chunk_bytes_(chunk_bytes),
+      stores_(stores_for(chunks_.nbytes())),
       digests_(chunks_.size() * kXxh3DigestBytes),
       progress_(copies_.size()) {
   size_t copies_left = 0;
@@ -32,6 +33,7 @@ CopyJob::CopyJob(std::span<uint8_t> arena, std::vector<Copy> copies, size_t chun
   }
   copies_left_ = copies_left;
   const size_t useful = std::min<size_t>(threads > 0 ? threads : default_threads(), chunks_.size());
+  helping_ = static_cast<unsigned>(std::min(useful, chunks_.nbytes() / kBytesPerThread + 1));
   shared_.reset(new Shared{{[this] { do_all(); }, static_cast<unsigned>(useful)}});
   if (useful > 0) ThreadPool::of(Priority::kLow).offer(shared_->work);
 }
@@ -55,7 +57,10 @@ CopyJob::Outcome CopyJob::wait(std::span<const size_t> numbers, Clock::time_poin
   std::unique_lock lock(shared_->mutex);
   ++shared_->helpers;
   lock.unlock();
-  for (const size_t copy : numbers) do_chunks(copy, deadline);
+  // One thread a task, so that each goes through all of them.
+  parallel_for(helping_, helping_, [&](size_t) {
+    for (const size_t copy : numbers) do_chunks(copy, deadline);
+  });
   lock.lock();
   if (--shared_->helpers == 0) shared_->changed.notify_all();
   shared_->changed.wait_until(lock, deadline, [&] { return all_done() || cancelled_; });
@@ -89,7 +94,7 @@ void CopyJob::do_chunk(size_t copy, size_t index) {
   const size_t start = index * chunk_bytes_;
   const size_t length = std::min(chunk_bytes_, targets_[copy].length - start);
   copy_digest_chunk(arena_.data() + targets_[copy].offset + start, copies_[copy].source + start, length,
-                    digests_.data() + (chunks_.first_of(copy) + index) * kXxh3DigestBytes);
+                    digests_.data() + (chunks_.first_of(copy) + index) * kXxh3DigestBytes, stores_);
   nbytes_done_.fetch_add(length, std::memory_order_relaxed);
   if (progress_[copy].left.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
   copies_left_.fetch_sub(1, std::memory_order_acq_rel);

@@ -19,7 +19,7 @@
 namespace dtruntime {
 
 // Starts as it is made. Threads of low priority take the chunks in the order of the copies; who waits for
-// some of them does the work that is left there itself, at its own priority.
+// some of them does the work that is left there itself, with as many threads of normal priority.
 //
 // Until it is done() or cancel() has returned, nobody may write the sources or touch the targets; a source
 // may be written again once wait() has returned kDone for its copy. Methods may be called from any thread and
@@ -83,6 +83,8 @@ class CopyJob {
   const std::vector<Range> targets_;
   const ChunkList chunks_;
   const size_t chunk_bytes_;
+  const Stores stores_;
+  unsigned helping_ = 0;  // threads, the calling one included, that wait() works with
   std::vector<uint8_t> digests_;
   std::vector<Progress> progress_;
   std::atomic<size_t> copies_left_{0};

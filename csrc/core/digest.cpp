@@ -21,8 +21,6 @@ static_assert(kLineBytes == kXxh3StripeBytes && kBounceStripes % (kXxh3BlockByte
 // with both in it, plain against streamed: 8 MiB 33 against 28 GB/s, 16 MiB 22 against 27, and from memory 10
 // against 19.
 constexpr size_t kStreamFrom = 8 << 20;
-// Work below this is done sooner than a sleeping thread wakes up.
-constexpr size_t kBytesPerThread = 128 << 10;
 
 // Calls act(chunk, where its digest goes) for every chunk, in parallel.
 template <typename Act>

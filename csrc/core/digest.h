@@ -18,6 +18,9 @@
 
 namespace dtruntime {
 
+// Work below this is done sooner than a sleeping thread wakes up.
+inline constexpr size_t kBytesPerThread = 128 << 10;
+
 // From memory anywhere to a place in an arena. `source` may be null if length is 0.
 struct Copy {
   const uint8_t* source;

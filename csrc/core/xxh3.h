@@ -166,19 +166,28 @@ DTRUNTIME_HOST_DEVICE inline Xxh3Digest digest_17_to_240(const uint8_t* data, si
 
 // ---- more than 240 bytes ------------------------------------------------------------------------------
 
+// What a word that was xored with its key, here in two halves, adds to its own lane. The word without the key
+// is added to the lane beside.
+DTRUNTIME_HOST_DEVICE inline uint64_t product_of_halves(uint32_t low, uint32_t high) {
+  return static_cast<uint64_t>(low) * high;
+}
+
 DTRUNTIME_HOST_DEVICE inline void add_stripe(uint64_t* lanes, const uint8_t* stripe, size_t secret_offset) {
   for (size_t i = 0; i < 8; ++i) {
     const uint64_t word = load64(stripe + 8 * i);
     const uint64_t keyed = word ^ secret64(secret_offset + 8 * i);
     lanes[i ^ 1] += word;
-    lanes[i] += (keyed & 0xffffffffu) * (keyed >> 32);
+    lanes[i] += product_of_halves(static_cast<uint32_t>(keyed), static_cast<uint32_t>(keyed >> 32));
   }
+}
+
+DTRUNTIME_HOST_DEVICE inline uint64_t scrambled(uint64_t lane, uint64_t key) {
+  return (lane ^ lane >> 47 ^ key) * kPrime32_1;
 }
 
 DTRUNTIME_HOST_DEVICE inline void scramble(uint64_t* lanes) {
   for (size_t i = 0; i < 8; ++i) {
-    const uint64_t x = lanes[i];
-    lanes[i] = (x ^ x >> 47 ^ secret64(kXxh3SecretBytes - kXxh3StripeBytes + 8 * i)) * kPrime32_1;
+    lanes[i] = scrambled(lanes[i], secret64(kXxh3SecretBytes - kXxh3StripeBytes + 8 * i));
   }
 }
 

@@ -46,15 +46,10 @@ __device__ inline LaneKeys keys_of(unsigned lane) {
 // As xxh3::add_stripe, for two of its lanes. In words of 32 bits, so that the compiler multiplies by one
 // instruction.
 __device__ inline void add_piece(PairSums& sums, Piece piece, Piece key) {
-  const uint64_t even = static_cast<uint64_t>(piece.x ^ key.x) * (piece.y ^ key.y);
-  const uint64_t odd = static_cast<uint64_t>(piece.z ^ key.z) * (piece.w ^ key.w);
+  const uint64_t even = xxh3::product_of_halves(piece.x ^ key.x, piece.y ^ key.y);
+  const uint64_t odd = xxh3::product_of_halves(piece.z ^ key.z, piece.w ^ key.w);
   sums.even += even + second(piece);
   sums.odd += odd + first(piece);
-}
-
-// As xxh3::scramble, for one of its lanes.
-__device__ inline uint64_t scrambled(uint64_t x, uint64_t key) {
-  return (x ^ x >> 47 ^ key) * xxh3::kPrime32_1;
 }
 
 // Adds up four blocks' sums over the eight lanes of each pair; of these 32 sums each lane gets one, that of

@@ -16,6 +16,7 @@ from dtruntime_torch.checkpoint.stager import Stager
 from dtruntime_torch.checkpoint.staging import make_room, stage
 from dtruntime_torch.errors import BarrierTimeout
 from tests.checkpoint.late_device import LateDevice
+from tests.checkpoint.patient_job import PatientJob
 from tests.checkpoint.scattered_tensors import digests_of
 
 CHUNK = 64
@@ -68,6 +69,18 @@ def test_after_a_failure_the_arena_may_be_used_again():
     with pytest.raises(RuntimeError, match="pair 0"):
         stage(stager, layout, tensors)
     device.refuse = None
+    stage(stager, layout, tensors)
+    assert torch.equal(load(bytes(memoryview(stager.arena)))["weight"], tensors["weight"])
+
+
+def test_after_a_timeout_the_arena_may_be_used_again(monkeypatch):
+    tensors = {"weight": torch.arange(60, dtype=torch.float32)}
+    layout = layout_of(tensors)
+    stager = Stager(_C.Arena(layout.length), CHUNK)
+    with monkeypatch.context() as patch:
+        patch.setattr(_C, "CopyJob", PatientJob)
+        with pytest.raises(BarrierTimeout, match="0 of 240 bytes"):
+            stage(stager, layout, tensors, timeout=3)
     stage(stager, layout, tensors)
     assert torch.equal(load(bytes(memoryview(stager.arena)))["weight"], tensors["weight"])
 

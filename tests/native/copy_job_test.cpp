@@ -120,7 +120,7 @@ TEST_CASE("copy job: the background finishes it without anyone who waits") {
 
 TEST_CASE("copy job: nothing is touched once cancel has returned") {
   Case c(300);
-  for (int round = 0; round < 50; ++round) {
+  for (int round = 0; round < 20; ++round) {
     CopyJob job(c.arena, c.copies, kChunkBytes, 2);
     std::thread waiter([&] {
       const Outcome outcome = job.wait(c.numbers, kForever);
@@ -147,7 +147,7 @@ TEST_CASE("copy job: what was cancelled says so, what was done before stays done
 }
 
 TEST_CASE("copy job: destruction in the middle leaves nobody behind") {
-  for (int round = 0; round < 50; ++round) {
+  for (int round = 0; round < 20; ++round) {
     Case c(300);
     {
       const CopyJob job(c.arena, c.copies, kChunkBytes, 2);

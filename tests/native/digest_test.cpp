@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../../csrc/core/xxh3.h"
+#include "../../csrc/core/xxh3_dispatch.h"
 #include "heap_block.h"
 #include "vectors.h"
 
@@ -68,18 +69,20 @@ HeapBlock by_digest_chunk(const HeapBlock& data, size_t chunk_bytes) {
   });
 }
 
-HeapBlock by_ranges(const HeapBlock& data, size_t chunk_bytes, unsigned threads) {
+HeapBlock by_ranges(const HeapBlock& data, size_t chunk_bytes, unsigned threads, const Xxh3Variant& variant) {
   HeapBlock digests = room_for_digests(data, chunk_bytes);
   const Range all = {0, data.size()};
-  REQUIRE(digest_ranges({data.data(), data.size()}, {&all, 1}, chunk_bytes, threads, digests.data()).ok());
+  const std::span bytes = {data.data(), data.size()};
+  REQUIRE(digest_ranges(bytes, {&all, 1}, chunk_bytes, threads, digests.data(), variant).ok());
   return digests;
 }
 
-HeapBlock by_copying(const HeapBlock& data, size_t chunk_bytes, unsigned threads) {
+HeapBlock by_copying(const HeapBlock& data, size_t chunk_bytes, Stores stores, const Xxh3Variant& variant) {
   // Another alignment than the source's.
   HeapBlock target(data.size(), (data.shift() * 5 + 3) % 64), digests = room_for_digests(data, chunk_bytes);
   const Copy copy = {data.data(), {0, data.size()}};
-  REQUIRE(copy_digest({target.data(), target.size()}, {&copy, 1}, chunk_bytes, threads, digests.data()).ok());
+  const std::span arena = {target.data(), target.size()};
+  REQUIRE(copy_digest(arena, {&copy, 1}, chunk_bytes, 3, digests.data(), stores, variant).ok());
   REQUIRE(target == data);
   return digests;
 }
@@ -90,18 +93,21 @@ struct Way {
 };
 
 std::vector<Way> all_ways() {
-  std::vector<Way> ways = {
-      {"xxh3_128", by_definition},
-      {"digest_chunk", by_digest_chunk},
-  };
-  for (unsigned threads : {1, 3}) {
-    const std::string on = " on " + std::to_string(threads) + " threads";
-    ways.push_back({"digest_ranges" + on, [=](const HeapBlock& data, size_t chunk_bytes) {
-                      return by_ranges(data, chunk_bytes, threads);
-                    }});
-    ways.push_back({"copy_digest" + on, [=](const HeapBlock& data, size_t chunk_bytes) {
-                      return by_copying(data, chunk_bytes, threads);
-                    }});
+  std::vector<Way> ways = {{"xxh3_128", by_definition}, {"digest_chunk", by_digest_chunk}};
+  for (const Xxh3Variant* variant : xxh3_variants()) {
+    const std::string by = std::string(" by ") + variant->name;
+    for (unsigned threads : {1, 3}) {
+      ways.push_back({"digest_ranges on " + std::to_string(threads) + " threads" + by,
+                      [=](const HeapBlock& data, size_t chunk_bytes) {
+                        return by_ranges(data, chunk_bytes, threads, *variant);
+                      }});
+    }
+    for (Stores stores : {Stores::kPlain, Stores::kStream}) {
+      ways.push_back({(stores == Stores::kPlain ? "copy_digest" : "streaming copy_digest") + by,
+                      [=](const HeapBlock& data, size_t chunk_bytes) {
+                        return by_copying(data, chunk_bytes, stores, *variant);
+                      }});
+    }
   }
   return ways;
 }

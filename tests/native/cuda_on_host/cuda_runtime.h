@@ -4,8 +4,7 @@
 // ThreadSanitizer.
 //
 // A launch returns when it is done; streams are not looked at. The blocks of a grid run one after another,
-// for
-// `__shared__` is a static variable here. What would be an error of the device ends the process with a
+// for __shared__ is a static variable here. What would be an error of the device ends the process with a
 // message: an access that is not aligned, lanes of a warp at different collectives, one that ended before a
 // collective. What it cannot show: blocks that race, and memory that a shuffle does not order; here it does.
 #pragma once
