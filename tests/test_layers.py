@@ -256,5 +256,6 @@ def test_there_is_no_other_room_in_csrc():
 
 
 def test_no_file_is_longer_than_can_be_read_at_a_sitting():
-    paths = [*MODULES.values(), *native_sources(ROOT / "csrc")]
+    # The manual of the native module is looked up, not read.
+    paths = [*(path for path in MODULES.values() if path.suffix == ".py"), *native_sources(ROOT / "csrc")]
     assert {relative(path): n for path in paths if (n := path.read_text().count("\n")) > 400} == {}

@@ -99,10 +99,4 @@ size_t check_chunk_bytes(int64_t chunk_bytes) {
   return static_cast<size_t>(chunk_bytes);
 }
 
-const Xxh3Variant& find_variant(const std::optional<std::string>& impl) {
-  const Xxh3Variant* variant = &xxh3_variant();
-  raise_if_failed(impl ? find_xxh3_variant(*impl, variant) : check_xxh3_variant());
-  return *variant;
-}
-
 }  // namespace dtruntime::bindings

@@ -63,6 +63,7 @@ std::unique_ptr<CopyJobObject> start(py::object arena, const std::vector<uintptr
                                      const std::vector<int64_t>& lengths, const std::vector<int64_t>& offsets,
                                      int64_t chunk_bytes, int64_t threads) {
   if (!py::isinstance<ArenaObject>(arena)) throw py::type_error("the target must be an Arena");
+  (void)find_variant(std::nullopt);  // refused here, and not by a thread that can tell nobody
   return std::make_unique<CopyJobObject>(arena, make_copies(sources, lengths, offsets),
                                          check_size(chunk_bytes, "chunk_bytes"), check_threads(threads));
 }

@@ -80,6 +80,12 @@ py::bytes py_copy_digest(py::object arena, const std::vector<uintptr_t>& sources
 
 }  // namespace
 
+const Xxh3Variant& find_variant(const std::optional<std::string>& impl) {
+  const Xxh3Variant* variant = &xxh3_variant();
+  raise_if_failed(impl ? find_xxh3_variant(*impl, variant) : check_xxh3_variant());
+  return *variant;
+}
+
 void bind_digest(py::module_& module) {
   using py::arg;
   module.def("digest_impls", [] {
