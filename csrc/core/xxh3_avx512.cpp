@@ -29,8 +29,9 @@ AVX512 inline __m512i scramble(__m512i lanes) {
   return _mm512_add_epi64(_mm512_mul_epu32(keyed, prime), _mm512_slli_epi64(high, 32));
 }
 
+template <Store kStore>
 AVX512 inline __m512i load(const uint8_t* source) {
-  _mm_prefetch(source + xxh3::kPrefetchBytes, _MM_HINT_T0);
+  _mm_prefetch(source + xxh3::prefetch_bytes(kStore), _MM_HINT_T0);
   __m512i data = _mm512_loadu_si512(source);
   asm volatile("" : "+v"(data));  // or gcc loads it once more where it is used
   return data;
@@ -69,7 +70,7 @@ AVX512 inline __m512i add_block(__m512i lanes, const uint8_t* source, uint8_t* t
   for (size_t n = 0; n < xxh3::kStripes; n += kAtOnce) {
     __m512i data[kAtOnce];
 #pragma GCC unroll 4
-    for (size_t i = 0; i < kAtOnce; ++i) data[i] = load(source + (n + i) * kXxh3StripeBytes);
+    for (size_t i = 0; i < kAtOnce; ++i) data[i] = load<kStore>(source + (n + i) * kXxh3StripeBytes);
 #pragma GCC unroll 4
     for (size_t i = 0; i < kAtOnce; ++i) {
       store<kStore>(data[i], target + (n + i) * kXxh3StripeBytes);
@@ -91,7 +92,7 @@ AVX512 void run(Xxh3Lanes& lanes, const uint8_t* source, size_t stripes, uint8_t
   }
   Sums rest = {};
   for (size_t n = 0; n < stripes; ++n) {
-    const __m512i data = load(source + n * kXxh3StripeBytes);
+    const __m512i data = load<kStore>(source + n * kXxh3StripeBytes);
     store<kStore>(data, target + n * kXxh3StripeBytes);
     add_stripe(rest, data, kKeys.stripe[n]);
   }
