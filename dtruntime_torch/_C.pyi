@@ -19,6 +19,13 @@ This stub is its manual. What holds for all of it:
   pool; 0 is 8, whatever the number of CPUs.
 - `direct` lets whole pages (4096 bytes) of a file that lie together, from 256 KiB on, go past the page cache
   (O_DIRECT). What the file system does not take that way, and ends that fill no page, go through the cache.
+- `cuda_*`, but for `cuda_device_count`, enqueue their work on a stream and return without waiting for it, also
+  while the stream is captured into a CUDA graph. `device` is the number of the device and `stream` the raw handle
+  of one of its streams (`torch.cuda.Stream.cuda_stream`; 0 is the default stream). Memory is given by address
+  and trusted: a wrong one ends in a fault on the device. It must stay valid until the stream has passed the
+  work: torch's caching allocator sees to that for memory that was allocated with the same stream current.
+  ValueError if a number is out of range, before anything is enqueued; RuntimeError in CUDA's own words if the work
+  cannot be enqueued, and in a build without CUDA, which says how to build with it.
 """
 
 from __future__ import annotations
@@ -550,16 +557,6 @@ def clear_faults() -> dict[str, int]:
 
 def cuda_device_count() -> int:
     """Gives the number of CUDA devices: 0 without a driver, and in a build without CUDA.
-
-    What holds for all functions `cuda_*` but this one: they enqueue their work on a stream and return without
-    waiting for it, also while the stream is captured into a CUDA graph. `device` is the number of the device and
-    `stream` the raw handle of one of its streams (`torch.cuda.Stream.cuda_stream`; 0 is the default stream).
-    Memory is given by address and trusted: a wrong one ends in a fault on the device. It must stay valid until
-    the stream has passed the work: torch's caching allocator sees to that for memory that was allocated with
-    the same stream current.
-
-    Raises for all of them: ValueError if a number is out of range, before anything is enqueued; RuntimeError in
-    CUDA's own words if the work cannot be enqueued, and in a build without CUDA, which says how to build with it.
 
     Example:
         >>> from dtruntime_torch._C import cuda_device_count

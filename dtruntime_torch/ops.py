@@ -129,9 +129,12 @@ def _enqueue(source: Tensor, target: Tensor | None, chunk_bytes: int, stream: in
         sources, lengths = [source.data_ptr()], [source.nbytes]
         targets = [] if target is None else [target.data_ptr()]
         device = source.get_device()
-        _C.cuda_list_chunks(sources, lengths, targets, chunk_bytes, chunks, device, stream)
         copy = target is not None
-        _C.cuda_digest(chunks, count, digests.data_ptr(), queue, device, stream, copy)
+        # By torch, which never makes a context on a device that this process does not use; CUDA's own way back to
+        # the device before would.
+        with torch.cuda.device(device):
+            _C.cuda_list_chunks(sources, lengths, targets, chunk_bytes, chunks, device, stream)
+            _C.cuda_digest(chunks, count, digests.data_ptr(), queue, device, stream, copy)
     return digests
 
 

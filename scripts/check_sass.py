@@ -22,6 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / "build" / "tools"
+DISASSEMBLER = "nvidia-cuda-nvdisasm==13.*"  # of PyPI
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # Instructions for each KiB, by what tells the kernels apart in their mangled names. Copying stores each piece too.
 LIMITS = {"digest_kernelILb0E": ("digest", 60), "digest_kernelILb1E": ("copy_digest", 66)}
@@ -108,7 +109,7 @@ def find_disassembler(home: Path) -> Path:
             "--quiet",
             "--no-deps",
         ]
-        subprocess.run([*install, "--target", TOOLS, "nvidia-cuda-nvdisasm"], check=True, timeout=600)
+        subprocess.run([*install, "--target", TOOLS, DISASSEMBLER], check=True, timeout=600)
         found = next(TOOLS.glob("nvidia/*/bin/nvdisasm"))
     found.chmod(0o755)  # a wheel may leave it without
     return found

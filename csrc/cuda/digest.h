@@ -30,6 +30,9 @@ struct DeviceChunk {
   uint8_t* target;  // where a copy goes: device memory, or mapped pinned memory of the host; may be null
 };
 
+// Python counts on it where it makes room for a list.
+static_assert(sizeof(DeviceChunk) == 24);
+
 // A piece of memory that is cut into chunks, as core/chunks.h cuts a Range.
 struct DeviceRange {
   const uint8_t* source;

@@ -52,22 +52,24 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+__device__ inline uint64_t sum_of(Piece piece) { return first(piece) + second(piece); }
+
 // Adds the words of 8 bytes, and the bytes after the last whole piece.
 __global__ void __launch_bounds__(kThreads)
     read_kernel(const uint8_t* data, uint64_t nbytes, unsigned long long* sink) {
   const uint64_t whole = nbytes / kPieceBytes * kPieceBytes;
   const uint64_t row = static_cast<uint64_t>(gridDim.x) * kRowBytes;
+  uint64_t start = blockIdx.x * kRowBytes + threadIdx.x * kPieceBytes;
   uint64_t sum = 0;
-  for (uint64_t start = blockIdx.x * kRowBytes + threadIdx.x * kPieceBytes; start < whole;
-       start += kAtOnce * row) {
-    Piece pieces[kAtOnce] = {};
+  // No condition between the loads: with one each, the compiler waits for the first to reuse its register.
+  for (; start + (kAtOnce - 1) * row < whole; start += kAtOnce * row) {
+    Piece pieces[kAtOnce];
 #pragma unroll
-    for (unsigned i = 0; i < kAtOnce; ++i) {
-      if (start + i * row < whole) pieces[i] = load_piece<Piece>(data + start + i * row);
-    }
+    for (unsigned i = 0; i < kAtOnce; ++i) pieces[i] = load_piece<Piece>(data + start + i * row);
 #pragma unroll
-    for (unsigned i = 0; i < kAtOnce; ++i) sum += first(pieces[i]) + second(pieces[i]);
+    for (unsigned i = 0; i < kAtOnce; ++i) sum += sum_of(pieces[i]);
   }
+  for (; start < whole; start += row) sum += sum_of(load_piece<Piece>(data + start));
   if (blockIdx.x == 0 && whole + threadIdx.x < nbytes) sum += data[whole + threadIdx.x];
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
