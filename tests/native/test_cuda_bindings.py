@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
-import subprocess
-import sysconfig
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 
 import pytest
-from torch.utils import cpp_extension
 
 from dtruntime_torch import _C
+from tests.native.host_builds import ROOT, bindings
 
-ROOT = Path(__file__).resolve().parents[2]
 NO_SUCH_DEVICE = 9999
 
 CALLS: dict[str, Callable[[], object]] = {
@@ -69,27 +62,9 @@ def test_what_is_out_of_range_is_refused(call, what):
 
 
 @pytest.fixture(scope="module")
-def recorder(tmp_path_factory) -> ModuleType:
+def recorder() -> ModuleType:
     """The same bindings over functions that write down how they were called."""
-    library = tmp_path_factory.mktemp("recorder") / "cuda_recorder.so"
-    compiler = os.environ.get("CXX") or shutil.which("c++") or "c++"
-    includes = [*cpp_extension.include_paths(), sysconfig.get_path("include")]
-    sources = ["csrc/bindings/arguments.cpp", "csrc/bindings/cuda.cpp", "tests/native/cuda_recorder.cpp"]
-    flags = ["-std=c++20", "-O0", "-shared", "-fPIC", "-fvisibility=hidden"]
-    subprocess.run(
-        [*compiler.split(), *flags, *(f"-I{path}" for path in includes), "-xc++", "-", "-o", str(library)],
-        input="".join(
-            f'#include "{ROOT / source}"\n' for source in sources
-        ),  # at once: pybind11 is slow to read
-        text=True,
-        check=True,
-        timeout=300,
-    )
-    spec = importlib.util.spec_from_file_location("cuda_recorder", library)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return bindings(ROOT / "tests" / "native" / "cuda_recorder.cpp")
 
 
 @pytest.mark.slow

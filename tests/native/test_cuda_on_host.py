@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import shutil
-import subprocess
 from collections.abc import Sequence
-from pathlib import Path
 from random import Random
 
 import pytest
 import xxhash
 
 from tests.boundaries import CHUNK_BYTES, LENGTHS
+from tests.native.host_builds import kernels
 
-ROOT = Path(__file__).resolve().parents[2]
-STAND_IN = Path(__file__).parent / "cuda_on_host"
 DATA = Random(0).randbytes((32 << 20) + 64)
 BUFFER = ctypes.create_string_buffer(DATA, len(DATA) + 16)
 # The first address in it that is aligned to 16.
@@ -31,24 +25,9 @@ class Chunk(ctypes.Structure):
     _fields_ = (("source", ctypes.c_void_p), ("length", ctypes.c_uint64), ("target", ctypes.c_void_p))
 
 
-def build(folder: Path) -> Path:
-    """Builds the library, unless one of the same sources is there."""
-    sources = [*STAND_IN.iterdir(), *(ROOT / "csrc").glob("c*/*")]
-    key = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources))).hexdigest()[:16]
-    library = folder / f"libcuda_on_host-{key}.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished = folder / f"unfinished-{os.getpid()}.so"
-        subprocess.run([STAND_IN / "build.sh", "library", unfinished], check=True, timeout=600)
-        unfinished.rename(library)
-    return library
-
-
 @pytest.fixture(scope="session")
 def device() -> ctypes.CDLL:
-    if shutil.which(os.environ.get("CXX", "c++")) is None:
-        pytest.skip("there is no C++ compiler to build the kernels with")
-    library = ctypes.CDLL(str(build(ROOT / "build" / "cuda_on_host")))
+    library = ctypes.CDLL(str(kernels()))
     for name in ("list_chunks", "digest_chunks", "copy_digest_chunks", "find_changed", "gather_changed"):
         getattr(library, name).restype = ctypes.c_char_p
     for name in ("read_memory", "pin_memory", "unpin_memory", "get_last_error"):
