@@ -76,7 +76,7 @@ def bindings(source: Path, *libraries: Path) -> ModuleType:
         program = "".join(f'#include "{path}"\n' for path in [*BINDINGS, source])
         subprocess.run([*command, "-o", str(library)], input=program, text=True, check=True, timeout=300)
 
-    path = build(name, [source, *BINDINGS, *CSRC.glob("*/*.h")], words, make)
+    path = build(name, [source, *BINDINGS, *CSRC.glob("*/*.h"), *CSRC.glob("cuda/*.cpp")], words, make)
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
