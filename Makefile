@@ -25,7 +25,7 @@ NATIVE_TESTS := $(shell find tests/native -name '*.h' -o -name '*.cpp' -o -name 
 
 .DEFAULT_GOAL := setup
 .DELETE_ON_ERROR:
-.PHONY: setup test native-test bench demo lint format clean help FORCE
+.PHONY: setup test native-test demo bench lint format clean help FORCE
 
 setup: $(VENV)/installed  ## make .venv, with torch, the extension and the tools in it
 
