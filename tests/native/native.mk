@@ -1,7 +1,7 @@
 # Builds and runs the C++ tests, for `make native-test`.
 #
 # build/native/MODE/tests is csrc/core with all *_test.cpp. build/native/MODE/cuda_on_host is the CUDA kernels as
-# host code, where its script is there; without sanitizers those run under pytest.
+# host code; without sanitizers those run under pytest.
 
 PYTHON ?= python3
 BUILD := build/native
@@ -15,7 +15,7 @@ FLAGS_tsan := -O1 -fno-omit-frame-pointer -fsanitize=thread
 SOURCES := $(wildcard csrc/core/*.cpp tests/native/*_test.cpp) tests/native/main.cpp
 OBJECTS := $(patsubst %.cpp,%.o,$(notdir $(SOURCES)))
 TESTS := $(MODES:%=$(BUILD)/%/tests)
-CUDA_ON_HOST := $(if $(wildcard tests/native/cuda_on_host/build.sh),$(BUILD)/asan/cuda_on_host $(BUILD)/tsan/cuda_on_host)
+CUDA_ON_HOST := $(BUILD)/asan/cuda_on_host $(BUILD)/tsan/cuda_on_host
 
 .DELETE_ON_ERROR:
 .PHONY: run FORCE
@@ -28,6 +28,7 @@ run: $(TESTS) $(CUDA_ON_HOST)
 		tests/native/run.sh $$mode $$program || exit 1; \
 	done
 	@for mode in asan tsan; do tests/native/check_planted.sh $$mode $(BUILD)/$$mode/tests || exit 1; done
+	@tests/native/cuda_on_host/check_planted.sh
 
 vpath %.cpp csrc/core tests/native
 
