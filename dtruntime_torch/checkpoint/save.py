@@ -7,11 +7,13 @@ for the first save, which may be refused), stage. When `Saver.start` returns, ev
 from __future__ import annotations
 
 import logging
+import threading
 import time
+import traceback
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from dtruntime_torch import _C
@@ -28,7 +30,7 @@ from dtruntime_torch.checkpoint.save_plan import make_save_plan
 from dtruntime_torch.checkpoint.specs import FlatSpecs, SavePlan
 from dtruntime_torch.checkpoint.stager import Stager
 from dtruntime_torch.checkpoint.staging import make_room, stage
-from dtruntime_torch.errors import BarrierTimeout, CommitConflict
+from dtruntime_torch.errors import BarrierTimeout, CommitConflict, InvalidArgument
 from dtruntime_torch.membership import Membership
 from dtruntime_torch.storage import StorageBackend
 
@@ -67,28 +69,32 @@ class Saver:
         self._sequence = 0
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dtruntime-save")
         self._handle: SaveHandle | None = None
+        self._lock = threading.RLock()
+        self._inside: int | None = None  # the thread that is in prepare, start or close
 
     def prepare(self, state: object) -> None:
         """Agrees on the structure of `state` and makes room for it, so that the first save finds it done."""
-        key = self._next_key()
-        with self._declining(key):
-            self.wait()
-            self._agree(key, flatten_state(state, self._members.rank))
+        with self._alone():
+            key = self._next_key()
+            with self._declining(key):
+                self.wait()
+                self._agree(key, flatten_state(state, self._members.rank))
 
     def start(self, state: object, step: object, metadata: object) -> SaveHandle:
         """Takes the snapshot and lets the rest go on in the background."""
-        began = time.perf_counter()
-        metrics = SaveMetrics()
-        key = self._next_key()
-        with self._declining(key):
-            self.wait()
-            self._tell_of_failure()
-            metrics.wait_seconds = time.perf_counter() - began
-            snapshot = self._take(key, state, check_step(step), check_metadata(metadata), metrics)
-            future = self._executor.submit(self._publish, snapshot)
-        self._handle = SaveHandle(snapshot.step, metrics, future)
-        metrics.stall_seconds = time.perf_counter() - began
-        return self._handle
+        with self._alone():
+            began = time.perf_counter()
+            metrics = SaveMetrics()
+            key = self._next_key()
+            with self._declining(key):
+                self.wait()
+                self._tell_of_failure()
+                metrics.wait_seconds = time.perf_counter() - began
+                snapshot = self._take(key, state, check_step(step), check_metadata(metadata), metrics)
+                future = self._executor.submit(self._publish, snapshot)
+            self._handle = SaveHandle(snapshot.step, metrics, future)
+            metrics.stall_seconds = time.perf_counter() - began
+            return self._handle
 
     def wait(self) -> None:
         """Waits for the save that is under way, whatever becomes of it.
@@ -112,13 +118,36 @@ class Saver:
         Raises:
             DTRuntimeError: the last save failed and nobody was told yet.
         """
-        self.wait()
-        self._executor.shutdown()
-        self._stager = Stager(_C.Arena(0), self._chunk_bytes)
-        handle, self._handle = self._handle, None
-        failure = handle.unseen_failure() if handle is not None else None
-        if failure is not None:
-            raise failure
+        with self._alone():
+            self.wait()
+            self._executor.shutdown()
+            self._stager = Stager(_C.Arena(0), self._chunk_bytes)
+            handle, self._handle = self._handle, None
+            failure = handle.unseen_failure() if handle is not None else None
+            if failure is not None:
+                raise failure
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keeps other threads out; refuses a signal handler that interrupted this thread in here."""
+        if self._inside == threading.get_ident():
+            raise InvalidArgument(
+                "this manager is at work in this very thread, which a signal handler has interrupted: let the "
+                "handler note that a save is wanted, and save in the training loop"
+            )
+        timeout = self._members.barrier.timeout
+        try:
+            if not self._lock.acquire(timeout=timeout):
+                raise BarrierTimeout(f"another thread is still using this manager after {timeout:g} s")
+            self._inside = threading.get_ident()
+            yield
+        finally:
+            if self._inside == threading.get_ident():
+                self._inside = None
+            # A signal may come when it is taken already and nothing yet says so; to give back what this thread does
+            # not have is refused.
+            with suppress(RuntimeError):
+                self._lock.release()
 
     def _next_key(self) -> str:
         self._sequence += 1
@@ -188,7 +217,12 @@ class Saver:
                 # The ranks may have come to differ in structure: the next save asks all of them again.
                 self._structure = None
             logger.error("a save failed: %s", error)
+            _forget_frames(error)
             raise
+        finally:
+            # A backend that never came back may still read it.
+            with suppress(BufferError):
+                snapshot.image.release()
 
     def _tell_of_failure(self) -> None:
         failure = self._handle.unseen_failure() if self._handle is not None else None
@@ -197,3 +231,18 @@ class Saver:
             raise failure
         if failure is not None:
             warnings.warn(f"the save before this one failed: {failure}", RuntimeWarning, stacklevel=4)
+
+
+def _forget_frames(error: BaseException) -> None:
+    """Lets go of what the frames of a failure hold: views of the arena, which is as large as the model.
+
+    Else each failed save would keep an arena for as long as somebody keeps its error.
+    """
+    errors: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while errors:
+        one = errors.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            traceback.clear_frames(one.__traceback__)
+            errors += [one.__cause__, one.__context__]

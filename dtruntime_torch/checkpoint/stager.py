@@ -19,9 +19,11 @@ The bytes of the arena are read only by `wait`, after all of them have arrived.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from itertools import chain
@@ -96,13 +98,16 @@ class Stager:
             self._chunk_bytes,
             threads,
         )
-        self._running = staging = Staging(self.arena, sources, job, self._chunk_bytes, threads)
+        self._running = None
         try:
-            staging._enqueue()
+            self._running = Staging(self.arena, sources, job, self._chunk_bytes, threads)
+            self._running._enqueue()
         except BaseException:
-            staging.cancel()
+            job.cancel()
+            if self._running is not None:
+                self._running.cancel()
             raise
-        return staging
+        return self._running
 
 
 class Staging:
@@ -116,11 +121,13 @@ class Staging:
             more, and the arena may be used again.
     """
 
+    ended = False  # also of one whose making was interrupted
+
     def __init__(
         self, arena: _C.Arena, sources: Sources, job: _C.CopyJob, chunk_bytes: int, threads: int
     ) -> None:
         self.nbytes = sum(sources.lengths)
-        self.ended = False
+        self._process = os.getpid()
         self._arena = arena
         self._sources = sources
         self._job = job
@@ -129,7 +136,7 @@ class Staging:
         # While there is a view the arena keeps its memory. torch.frombuffer itself does not hold one.
         self._image: torch.Tensor | None = None
         self._copies: list[DeviceCopies] = []
-        self._ending = threading.Lock()
+        self._ending = threading.RLock()
         self._digests: bytes | None = None
         self._failure: SaveFailed | None = None
 
@@ -227,7 +234,8 @@ class Staging:
         )
 
     def __del__(self) -> None:
-        if not self.ended:
+        # In a forked child nothing is in flight, and a thread that is not there may seem to hold the lock.
+        if not self.ended and self._process == os.getpid():
             self.cancel()
 
     def _enqueue(self) -> None:
@@ -245,13 +253,15 @@ class Staging:
 
     def _end(self, timeout: float | None) -> None:
         deadline = None if timeout is None else time.monotonic() + timeout
-        if not self._ending.acquire(timeout=-1 if timeout is None else max(0.0, timeout)):
-            raise BarrierTimeout(self._progress(timeout))
         try:
-            if not self.ended and not self._settled(deadline):
+            held = self._ending.acquire(timeout=-1 if timeout is None else max(0.0, timeout))
+            if not held or (not self.ended and not self._settled(deadline)):
                 raise BarrierTimeout(self._progress(timeout))
         finally:
-            self._ending.release()
+            # A signal may come when it is taken already and nothing yet says so; to give back what this thread does
+            # not have is refused.
+            with suppress(RuntimeError):
+                self._ending.release()
 
     def _settled(self, deadline: float | None) -> bool:
         """Whether nothing is in flight any more, before the deadline; the staging has ended then, well or not."""
