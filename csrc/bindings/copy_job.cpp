@@ -2,6 +2,7 @@
 
 #include <pybind11/stl.h>
 
+#include <memory>
 #include <optional>
 #include <set>
 #include <stdexcept>
@@ -17,18 +18,25 @@ using Outcome = CopyJob::Outcome;
 // How long Ctrl-C may have to wait.
 constexpr auto kSlice = std::chrono::milliseconds(50);
 
+// All that there are. Used under the GIL. Each is held by whoever cancels it too: its object may be deleted
+// by another thread meanwhile.
+std::set<std::shared_ptr<CopyJob>>& running() {
+  static auto* jobs = new std::set<std::shared_ptr<CopyJob>>;
+  return *jobs;
+}
+
 // A job and its hold on the arena, which it lets go of once it has been seen to be done.
 class CopyJobObject {
  public:
   CopyJobObject(py::handle arena, std::vector<Copy> copies, size_t chunk_bytes, unsigned threads) {
     buffer_.emplace(arena, Buffer::Access::kWrite);
     raise_if_failed(check_copies(buffer_->bytes(), copies, chunk_bytes));
-    job_.emplace(buffer_->bytes(), std::move(copies), chunk_bytes, threads);
-    running().insert(this);
+    job_ = std::make_shared<CopyJob>(buffer_->bytes(), std::move(copies), chunk_bytes, threads);
+    running().insert(job_);
   }
   ~CopyJobObject() {
     cancel();
-    running().erase(this);
+    running().erase(job_);
   }
 
   CopyJob& job() { return *job_; }
@@ -43,20 +51,14 @@ class CopyJobObject {
     buffer_.reset();
   }
 
-  // All that there are. Used under the GIL.
-  static std::set<CopyJobObject*>& running() {
-    static auto* jobs = new std::set<CopyJobObject*>;
-    return *jobs;
-  }
-
  private:
   std::optional<Buffer> buffer_;
-  std::optional<CopyJob> job_;
+  std::shared_ptr<CopyJob> job_;
 };
 
 // When the interpreter ends it frees the sources in any order, and jobs perhaps never.
 void cancel_all() {
-  for (CopyJobObject* job : std::set<CopyJobObject*>(CopyJobObject::running())) job->cancel();
+  for (const std::shared_ptr<CopyJob>& job : std::set(running())) without_gil([&] { job->cancel(); });
 }
 
 std::unique_ptr<CopyJobObject> start(py::object arena, const std::vector<uintptr_t>& sources,

@@ -6,16 +6,6 @@
 #include "xxh3.h"
 
 namespace dtruntime {
-namespace {
-
-std::vector<Range> targets_of(const std::vector<Copy>& copies) {
-  std::vector<Range> targets;
-  targets.reserve(copies.size());
-  for (const Copy& copy : copies) targets.push_back(copy.target);
-  return targets;
-}
-
-}  // namespace
 
 CopyJob::CopyJob(std::span<uint8_t> arena, std::vector<Copy> copies, size_t chunk_bytes, unsigned threads)
     : arena_(arena),
@@ -32,7 +22,8 @@ CopyJob::CopyJob(std::span<uint8_t> arena, std::vector<Copy> copies, size_t chun
     copies_left += chunks_of(copy) > 0;
   }
   copies_left_ = copies_left;
-  const size_t useful = std::min<size_t>(threads > 0 ? threads : default_threads(), chunks_.size());
+  if (threads == 0) threads = default_threads();
+  const size_t useful = std::min<size_t>({threads, kMostThreads, chunks_.size()});
   helping_ = static_cast<unsigned>(std::min(useful, chunks_.nbytes() / kBytesPerThread + 1));
   shared_.reset(new Shared{{[this] { do_all(); }, static_cast<unsigned>(useful)}});
   if (useful > 0) ThreadPool::of(Priority::kLow).offer(shared_->work);

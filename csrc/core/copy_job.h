@@ -31,9 +31,9 @@ class CopyJob {
   using Clock = std::chrono::steady_clock;
   enum class Outcome { kDone, kTimeout, kCancelled, kForked };
 
-  // Copies into `arena`, which must outlive it. `threads` work in the background (0: default_threads());
-  // where none can be started, only wait() makes progress. REQUIRES: check_copies holds; no source overlaps a
-  // target.
+  // Copies into `arena`, which must outlive it. `threads` work in the background (0: default_threads();
+  // at most kMostThreads); where none can be started, only wait() makes progress. REQUIRES: check_copies
+  // holds; no source overlaps a target.
   CopyJob(std::span<uint8_t> arena, std::vector<Copy> copies, size_t chunk_bytes, unsigned threads);
   ~CopyJob();
   CopyJob(const CopyJob&) = delete;

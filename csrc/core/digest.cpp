@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <vector>
 
 #include "bytes.h"
 #include "streaming.h"
@@ -13,7 +12,6 @@
 namespace dtruntime {
 namespace {
 
-constexpr size_t kLineBytes = 64;
 // What a target that is not aligned to lines is streamed through: it stays in L1 beside the source.
 constexpr size_t kBounceStripes = 64;
 static_assert(kLineBytes == kXxh3StripeBytes && kBounceStripes % (kXxh3BlockBytes / kXxh3StripeBytes) == 0);
@@ -33,12 +31,6 @@ void for_each_chunk(const ChunkList& chunks, size_t chunk_bytes, unsigned thread
     const size_t end = std::min(chunks.size(), (task + 1) * batch);
     for (size_t i = task * batch; i < end; ++i) act(chunks[i], digests + i * kXxh3DigestBytes);
   });
-}
-
-std::vector<Range> targets_of(std::span<const Copy> copies) {
-  std::vector<Range> targets;
-  for (const Copy& copy : copies) targets.push_back(copy.target);
-  return targets;
 }
 
 // Streams to a target that lies `lead` bytes after the start of a line, by way of a buffer that lies in its
@@ -77,6 +69,13 @@ void copy_stripes(const Xxh3Variant& variant, Stores stores, Xxh3Lanes& lanes, c
 }
 
 }  // namespace
+
+std::vector<Range> targets_of(std::span<const Copy> copies) {
+  std::vector<Range> targets;
+  targets.reserve(copies.size());
+  for (const Copy& copy : copies) targets.push_back(copy.target);
+  return targets;
+}
 
 Stores stores_for(size_t nbytes) { return nbytes < kStreamFrom ? Stores::kPlain : Stores::kStream; }
 

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <optional>
 #include <span>
+#include <vector>
 
 #include "chunks.h"
 #include "status.h"
@@ -26,6 +27,9 @@ struct Copy {
   const uint8_t* source;
   Range target;
 };
+
+// In the order of the copies.
+std::vector<Range> targets_of(std::span<const Copy> copies);
 
 // How a copy is stored: into the caches, or past them, which spares reading the target's lines first and
 // leaves the caches to others, but makes whoever reads the target next wait for memory.

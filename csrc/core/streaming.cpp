@@ -12,7 +12,6 @@
 namespace dtruntime {
 namespace {
 
-constexpr size_t kLineBytes = 64;
 constexpr size_t kPrefetchBytes = 512;
 
 }  // namespace

@@ -9,10 +9,13 @@
 
 namespace dtruntime {
 
-// Copies `lines` lines of 64 bytes, and meanwhile asks the memory for as many lines from `next` on, which is
+// A line of the caches, which is what streaming stores at once.
+inline constexpr size_t kLineBytes = 64;
+
+// Copies `lines` lines, and meanwhile asks the memory for as many lines from `next` on, which is
 // only a hint: it need not be readable. Other threads may see these stores after later ones, unless
-// end_streaming() comes between. REQUIRES: target is a multiple of 64; source (of any alignment) and target
-// do not overlap.
+// end_streaming() comes between. REQUIRES: target is a multiple of kLineBytes; source (of any alignment) and
+// target do not overlap.
 void stream_lines(uint8_t* target, const uint8_t* source, size_t lines, const uint8_t* next);
 void end_streaming();
 
@@ -21,7 +24,7 @@ void end_streaming();
 void copy_streaming(uint8_t* target, const uint8_t* source, size_t nbytes);
 
 // Reads every byte and does next to nothing with it: what digests are measured against. Returns the exclusive
-// or of its 8-byte words, so that the reads must happen; bytes after the last whole line of 64 are left out.
+// or of its 8-byte words, so that the reads must happen; bytes after the last whole line are left out.
 uint64_t read_memory(const uint8_t* data, size_t nbytes);
 
 }  // namespace dtruntime

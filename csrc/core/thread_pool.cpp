@@ -12,7 +12,6 @@
 namespace dtruntime {
 namespace {
 
-constexpr unsigned kMostThreads = 256;
 // What a thread of low priority adds to its nice value; docs/ARCHITECTURE.md has the measurements.
 constexpr int kNicer = 10;
 

@@ -54,6 +54,9 @@ class ThreadPool {
   unsigned workers_ = 0;
 };
 
+// How many threads a call works with at most, whatever number it is given.
+inline constexpr unsigned kMostThreads = 256;
+
 // How many threads compute at once by default: the CPUs that this process may run on, at most 16.
 unsigned default_threads();
 
