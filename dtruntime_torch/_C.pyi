@@ -66,8 +66,8 @@ class Arena:
                 user alone. 1 to 200 of `A-Z a-z 0-9 . _ -`, with no dot in front. `attach` finds it, whatever
                 became of its maker; `unlink` removes it, and nothing else does. All of it is handed out at
                 once, so that a full /dev/shm is found here and not when it is written.
-            pin: pins it for CUDA, if there is a device, else it is as without; `pinned` tells. Its pages are
-                handed out at once.
+            pin: pins it for CUDA. Where that cannot be done it is as without, and `pin_refusal` says why. Its
+                pages are handed out at once, in parallel.
             dont_fork: leaves it out of children that fork makes. After a fork of a DataLoader the parent's
                 writes then copy no pages, and the child holds none of the old. A child that touches it, by a
                 view or by a call, ends with SIGSEGV, as it does with memory that is freed. `pin` implies it.
@@ -76,7 +76,6 @@ class Arena:
             MemoryError: the system refuses.
             FileExistsError: there is shared memory of that name.
             OSError: with `errno` and `filename`, as ENOSPC where /dev/shm is full. No name is left behind.
-            RuntimeError: the device refuses to pin it, in CUDA's words.
         """
 
     @staticmethod
@@ -122,6 +121,10 @@ class Arena:
         """Whether a device can reach it."""
 
     @property
+    def pin_refusal(self) -> str | None:
+        """Why it is not pinned though that was asked for, in CUDA's words, or that this build has no CUDA."""
+
+    @property
     def nbytes(self) -> int:
         """Its size, as given."""
 
@@ -139,7 +142,7 @@ class Arena:
             BufferError: a view is in use, or a call works on the arena; nothing has changed.
             MemoryError: the system refuses; nothing has changed.
             OSError: as the constructor; nothing has changed.
-            RuntimeError: it has its new size, but the device refuses to pin it: `pinned` is False now.
+            RuntimeError: the device refuses to unpin its old pages, in CUDA's words; nothing has changed.
         """
 
     def __len__(self) -> int: ...
@@ -557,6 +560,9 @@ def clear_faults() -> dict[str, int]:
 
 def cuda_device_count() -> int:
     """Gives the number of CUDA devices: 0 without a driver, and in a build without CUDA.
+
+    Raises:
+        RuntimeError: there is a driver that cannot be used, as one that is too old; in CUDA's words.
 
     Example:
         >>> from dtruntime_torch._C import cuda_device_count

@@ -274,7 +274,9 @@ def test_a_build_without_cuda_says_how_to_build_with_it():
         ops._enqueue(noise(10), None, 5, stream=0)
 
 
-on_a_gpu = pytest.mark.skipif(_C.cuda_device_count() == 0, reason="needs a GPU and a build with CUDA")
+# In this order: where torch finds none, a driver that is too old for the module is no error here.
+found_gpu = torch.cuda.is_available() and _C.cuda_device_count() > 0
+on_a_gpu = pytest.mark.skipif(not found_gpu, reason="needs a GPU and a build with CUDA")
 
 
 @on_a_gpu

@@ -15,8 +15,7 @@ py::str path_of(const std::string& name) { return py::str(kSharedMemoryFolder + 
 std::unique_ptr<ArenaObject> make_arena(int64_t nbytes, const std::optional<std::string>& name, bool pin,
                                         bool dont_fork) {
   const size_t size = check_size(nbytes, "nbytes");
-  const bool pins = pin && cuda::device_count() > 0;
-  auto object = std::make_unique<ArenaObject>(ArenaOptions{pins ? &kCudaPins : nullptr, dont_fork || pin});
+  auto object = std::make_unique<ArenaObject>(ArenaOptions{pin ? &kCudaPins : nullptr, dont_fork});
   Arena& arena = object->arena;
   if (!name) {
     raise_if_failed(without_gil([&] { return arena.resize(size); }));
@@ -61,6 +60,10 @@ std::optional<std::string> name_of(const ArenaObject& object) {
   return object.arena.name().empty() ? std::nullopt : std::optional(object.arena.name());
 }
 
+std::optional<std::string> pin_refusal(const ArenaObject& object) {
+  return object.arena.refusal().empty() ? std::nullopt : std::optional(object.arena.refusal());
+}
+
 int get_buffer(PyObject* self, Py_buffer* view, int flags) {
   ArenaObject& object = py::handle(self).cast<ArenaObject&>();
   if (object.resizing) {
@@ -94,6 +97,7 @@ void bind_arena(py::module_& module) {
       .def("__len__", [](const ArenaObject& object) { return object.arena.nbytes(); })
       .def_property_readonly("name", &name_of)
       .def_property_readonly("pinned", [](const ArenaObject& object) { return object.arena.pinned(); })
+      .def_property_readonly("pin_refusal", &pin_refusal)
       .def_property_readonly("nbytes", [](const ArenaObject& object) { return object.arena.nbytes(); })
       .def_property_readonly("address", [](const ArenaObject& object) {
         return reinterpret_cast<uintptr_t>(object.arena.address());

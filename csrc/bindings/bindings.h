@@ -57,17 +57,22 @@ class Buffer {
 // Takes the GIL back, or never returns if the interpreter has ended meanwhile.
 void take_gil(PyThreadState* state);
 
-// Calls work() without the GIL and returns what it returned. work() throws nothing.
+// Calls work() without the GIL and returns what it returned, or throws what it threw: memory may be short.
 template <typename Work>
 auto without_gil(Work&& work) {
   PyThreadState* const state = PyEval_SaveThread();
-  if constexpr (std::is_void_v<decltype(work())>) {
-    work();
+  try {
+    if constexpr (std::is_void_v<decltype(work())>) {
+      work();
+      take_gil(state);
+    } else {
+      auto result = work();
+      take_gil(state);
+      return result;
+    }
+  } catch (...) {
     take_gil(state);
-  } else {
-    auto result = work();
-    take_gil(state);
-    return result;
+    throw;
   }
 }
 

@@ -100,11 +100,17 @@ void read(uintptr_t data, int64_t nbytes, uintptr_t sink, int device, uintptr_t 
   }));
 }
 
+int device_count() {
+  int count = 0;
+  raise_if_failed(without_gil([&] { return cuda::device_count(&count); }));
+  return count;
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& module) {
   const py::arg chunks("chunks"), changed("changed"), device("device"), stream("stream");
-  module.def("cuda_device_count", [] { return without_gil(cuda::device_count); });
+  module.def("cuda_device_count", &device_count);
   module.def("cuda_list_chunks", &list_chunks, py::arg("sources"), py::arg("lengths"), py::arg("targets"),
              py::arg("chunk_bytes"), chunks, device, stream);
   module.def("cuda_digest", &digest, chunks, py::arg("count"), py::arg("digests"), py::arg("queue"), device,

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <utility>
 
 #include "bytes.h"
 
@@ -53,7 +54,8 @@ Status Arena::resize(size_t nbytes, size_t lead) {
   lead_ = lead;
   nbytes_ = nbytes;
   forks_ = forks();
-  return pin();
+  pin();
+  return {};
 }
 
 bool Arena::fits(size_t nbytes, size_t needed) const {
@@ -105,11 +107,14 @@ Status Arena::unmap() {
   return {};
 }
 
-Status Arena::pin() {
-  if (options_.pin == nullptr) return {};
+// To pin a page is to touch it, and the device's runtime touches them one by one. What populating could not
+// get is left to it to report.
+void Arena::pin() {
+  if (options_.pin == nullptr) return;
+  (void)populate(0);
   Status status = options_.pin->pin(pages_, capacity_);
   pinned_ = status.ok();
-  return status;
+  refusal_ = std::move(status.what);
 }
 
 Status Arena::populate(unsigned threads) {

@@ -20,7 +20,7 @@ struct PinTable {
 };
 
 struct ArenaOptions {
-  const PinTable* pin = nullptr;  // pins the memory by it; null: not pinned. Outlives the arena
+  const PinTable* pin = nullptr;  // pins the memory by it if it can; null: not pinned. Outlives the arena
   // The memory is not there in a forked child: after a fork a write in the parent costs no copy of its page,
   // and the child keeps no old page alive, but ends if it touches one. Pinned memory is always so: a copied
   // page would leave its place.
@@ -50,9 +50,10 @@ class Arena {
   // half of them is used, else new ones are mapped; fresh pages are zero. Under a name, pages are mapped
   // whenever the size changes. The first byte lies `lead` bytes into a page, so that a file read from an
   // offset that is not aligned can still be read without a copy.
+  // New pages that are to be pinned are populated first. If the device refuses to pin them, pinned() and
+  // refusal() say so, and they are as useful as any other.
   // REQUIRES: lead < kPageBytes, and 0 under a name. kSystem if the system refuses (ENOMEM, and ENOSPC under
-  // a name), or kDevice if the old pages cannot be unpinned; the arena is unchanged then. kDevice if the new
-  // ones cannot be pinned; they are there all the same.
+  // a name), or kDevice if the old pages cannot be unpinned; the arena is unchanged then.
   Status resize(size_t nbytes, size_t lead = 0);
 
   // As populate_pages(). Another thread may use the memory meanwhile.
@@ -65,6 +66,8 @@ class Arena {
   size_t nbytes() const { return nbytes_; }
   std::span<uint8_t> bytes() const { return {address(), nbytes_}; }
   bool pinned() const { return pinned_; }
+  // Why the device did not pin it, in its own words; empty: it did, or was not asked.
+  const std::string& refusal() const { return refusal_; }
   const std::string& name() const { return shared_.name(); }  // empty: none
 
  private:
@@ -74,7 +77,7 @@ class Arena {
   Status map(size_t nbytes, size_t needed, uint8_t** pages);
   Status grow_shared(std::span<uint8_t> pages, size_t nbytes);
   Status unmap();
-  Status pin();
+  void pin();
 
   ArenaOptions options_;
   SharedMemory shared_;
@@ -83,6 +86,7 @@ class Arena {
   size_t lead_ = 0;
   size_t nbytes_ = 0;
   bool pinned_ = false;
+  std::string refusal_;
   uint64_t forks_ = 0;  // of the process that mapped the pages
 };
 

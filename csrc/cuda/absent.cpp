@@ -12,7 +12,10 @@ Status absent() {
 
 }  // namespace
 
-int device_count() { return 0; }
+Status device_count(int* count) {
+  *count = 0;
+  return {};
+}
 
 Status list_chunks(std::span<const DeviceRange>, uint64_t, DeviceChunk*, Stream) { return absent(); }
 Status digest_chunks(const DeviceChunk*, size_t, uint8_t*, uint32_t*, Stream) { return absent(); }

@@ -76,11 +76,23 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x % 32 == 0) atomicAdd(sink, static_cast<unsigned long long>(sum));
 }
 
+// CUDA reports a driver that is not there as one that is too old; but it has no version.
+bool means_no_device(cudaError_t error) {
+  if (error == cudaErrorNoDevice) return true;
+  int version = 0;
+  return error == cudaErrorInsufficientDriver && cudaDriverGetVersion(&version) == cudaSuccess &&
+         version == 0;
+}
+
 }  // namespace
 
-int device_count() {
-  int count = 0;
-  return check(cudaGetDeviceCount(&count), "counting devices").ok() ? count : 0;
+Status device_count(int* count) {
+  int found = 0;
+  const cudaError_t error = cudaGetDeviceCount(&found);
+  Status status = check(error, "counting devices");
+  if (!status.ok() && !means_no_device(error)) return status;
+  *count = status.ok() ? found : 0;
+  return {};
 }
 
 Status pin_memory(void* address, size_t nbytes) {

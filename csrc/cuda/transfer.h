@@ -10,8 +10,9 @@
 
 namespace dtruntime::cuda {
 
-// How many devices there are: 0 without a driver, and where this build has no CUDA. Done at once.
-int device_count();
+// Stores how many devices there are: 0 without a driver, and where this build has no CUDA. Done at once.
+// kDevice if there is a driver that cannot be used, as one that is too old; nothing is stored then.
+Status device_count(int* count);
 
 // Pins pages of the host and maps them for every device (cudaHostRegister), so that copies to them run beside
 // the CPU and kernels may write them. Done at once; unpin_memory before they are unmapped. REQUIRES: nbytes >

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from functools import partial
 
 import torch
 
@@ -18,8 +17,8 @@ logger = logging.getLogger(__name__)
 def make_room(arena: _C.Arena, nbytes: int) -> _C.Arena:
     """Gives an arena of that size whose pages are there already: `arena` itself if nobody looks into it any more.
 
-    It is not there in forked children. In a process that uses CUDA it is pinned; where that is refused, staging
-    is slower, and a warning says so.
+    It is not there in forked children. In a process that uses CUDA it is pinned; where that is refused, copies
+    from a device stall training, and a warning says why, once.
 
     Raises:
         MemoryError: the system refuses.
@@ -30,22 +29,29 @@ def make_room(arena: _C.Arena, nbytes: int) -> _C.Arena:
     """
     # Pinning makes a context on a device, hundreds of megabytes there: not in a process that uses none.
     pin = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    make = partial(_C.Arena, 0, pin=pin, dont_fork=True)
-    if arena.nbytes == 0 or pin != arena.pinned:
-        arena = make()
-    try:
-        try:
-            arena.resize(nbytes)
-        except BufferError:
-            # The traceback of a failed save may still look at the old one, which lives as long as that.
-            arena = make()
-            arena.resize(nbytes)
-    except RuntimeError as error:
+    refused = arena.pin_refusal is not None
+    as_asked = arena.nbytes > 0 and pin == (arena.pinned or refused)
+    if not (as_asked and _resize(arena, nbytes)):
+        arena = _C.Arena(nbytes, pin=pin, dont_fork=True)
+    if arena.pin_refusal is not None and not refused:
         logger.warning(
-            "staging memory could not be pinned, so copies from a device will stall training: %s", error
+            "staging memory is not pinned, so copies from a device will stall training: %s", arena.pin_refusal
         )
     arena.populate()
     return arena
+
+
+def _resize(arena: _C.Arena, nbytes: int) -> bool:
+    """Says whether it could be done. If not, the arena is as it was, and lives as long as somebody has it."""
+    try:
+        arena.resize(nbytes)
+    except BufferError:
+        # The traceback of a failed save may still look at it.
+        return False
+    except RuntimeError as error:
+        logger.warning("new staging memory is made, for the old is stuck: %s", error)
+        return False
+    return True
 
 
 def stage(

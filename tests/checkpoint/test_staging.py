@@ -120,6 +120,80 @@ def mapping_of(arena: _C.Arena) -> dict[str, str]:
     raise AssertionError("the arena is not mapped")
 
 
+@pytest.fixture
+def uses_cuda(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+
+
+unpinnable = pytest.mark.skipif(_C.Arena(1, pin=True).pinned, reason="memory can be pinned here")
+
+
+@unpinnable
+def test_room_that_cannot_be_pinned_is_there_and_a_warning_says_why(uses_cuda, caplog):
+    arena = make_room(_C.Arena(0), 100)
+    memoryview(arena)[99] = 1
+    [record] = caplog.records
+    assert (record.levelname, record.name) == ("WARNING", "dtruntime_torch.checkpoint.staging")
+    assert "staging memory is not pinned" in record.message and str(arena.pin_refusal) in record.message
+    assert _C.build_info()["cuda"] is not False or "built without CUDA" in record.message
+
+
+@unpinnable
+def test_room_that_could_not_be_pinned_is_kept_and_warned_of_once(uses_cuda, caplog):
+    arena = make_room(_C.Arena(0), 100)
+    for nbytes in (100, 90, 1 << 20):
+        assert make_room(arena, nbytes) is arena
+    assert len(caplog.records) == 1
+
+
+class DeviceArena:
+    """An arena beside a device that pins no more than 1000 bytes, and may be stuck."""
+
+    stuck = False
+
+    def __init__(self, nbytes: int, *, pin: bool, dont_fork: bool) -> None:
+        assert pin and dont_fork
+        self.resize(nbytes)
+
+    def resize(self, nbytes: int) -> None:
+        if self.stuck:
+            raise RuntimeError("unpinning memory: it is stuck")
+        self.nbytes = nbytes
+        self.pinned = nbytes <= 1000
+        self.pin_refusal = None if self.pinned else f"pinning {nbytes} bytes: too many"
+
+    def populate(self) -> None:
+        pass
+
+
+def test_a_warning_comes_when_room_that_was_pinned_grows_too_large_for_it(uses_cuda, monkeypatch, caplog):
+    monkeypatch.setattr(_C, "Arena", DeviceArena)
+    arena = make_room(DeviceArena(0, pin=True, dont_fork=True), 1000)
+    assert caplog.records == []
+    for nbytes in (1001, 1002):
+        assert make_room(arena, nbytes) is arena
+    assert [record.message.rpartition(": pinning ")[2] for record in caplog.records] == [
+        "1001 bytes: too many"
+    ]
+
+
+def test_room_is_made_anew_where_the_device_cannot_unpin_the_old(uses_cuda, monkeypatch, caplog):
+    monkeypatch.setattr(_C, "Arena", DeviceArena)
+    arena = make_room(DeviceArena(0, pin=True, dont_fork=True), 10)
+    arena.stuck = True
+    assert make_room(arena, 1000).nbytes == 1000
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "it is stuck" in caplog.text
+
+
+def test_room_is_made_anew_once_the_process_uses_cuda(monkeypatch, caplog):
+    arena = make_room(_C.Arena(0), 100)
+    assert caplog.records == []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    asked = make_room(arena, 100)
+    assert asked is not arena and (asked.pinned or asked.pin_refusal)
+
+
 def test_the_pages_of_room_are_there_before_they_are_written():
     arena = make_room(_C.Arena(0), 8 << 20)
     assert int(mapping_of(arena)["Rss"].split()[0]) >= 8 << 10

@@ -25,16 +25,24 @@ struct Event {
 };
 std::vector<Event> events;
 bool refuses_to_pin, refuses_to_unpin;
+size_t resident_when_pinned;  // pages
 
 bool is_mapped(void* address) {
   unsigned char resident;
   return mincore(address, kPageBytes, &resident) == 0;
 }
 
+size_t resident_pages(void* address, size_t nbytes) {
+  std::vector<unsigned char> pages((nbytes + kPageBytes - 1) / kPageBytes);
+  REQUIRE(mincore(address, nbytes, pages.data()) == 0);
+  return std::count_if(pages.begin(), pages.end(), [](unsigned char page) { return page & 1; });
+}
+
 constexpr PinTable kRecorder{
     [](void* address, size_t nbytes) {
       if (refuses_to_pin) return Status::device("no pins left");
       events.push_back({true, address, nbytes, is_mapped(address)});
+      resident_when_pinned = resident_pages(address, nbytes);
       return Status{};
     },
     [](void* address) {
@@ -48,18 +56,11 @@ struct Recorded {
   Recorded() {
     events.clear();
     refuses_to_pin = refuses_to_unpin = false;
+    resident_when_pinned = 0;
   }
 };
 
 std::string fresh_name(const char* what) { return "dtruntime-test-" + std::to_string(getpid()) + "-" + what; }
-
-bool exists(const std::string& name) { return access((kSharedMemoryFolder + name).c_str(), F_OK) == 0; }
-
-size_t resident_pages(const Arena& arena) {
-  std::vector<unsigned char> pages((arena.nbytes() + kPageBytes - 1) / kPageBytes);
-  REQUIRE(mincore(arena.address(), arena.nbytes(), pages.data()) == 0);
-  return std::count_if(pages.begin(), pages.end(), [](unsigned char page) { return page & 1; });
-}
 
 TEST_CASE_FIXTURE(Recorded, "arena: it is pinned while it is mapped, and unpinned before it is not") {
   void* address = nullptr;
@@ -88,6 +89,20 @@ TEST_CASE_FIXTURE(Recorded, "arena: resize pins the new pages and unpins the old
   }
 }
 
+TEST_CASE_FIXTURE(Recorded,
+                  "arena: every page is there before it is pinned, where one thread would touch all") {
+  for (const size_t nbytes : {kPageBytes + 1, 35 * kMiB + 5}) {
+    Arena arena({&kRecorder});
+    REQUIRE(arena.resize(nbytes).ok());
+    CHECK(resident_when_pinned == (nbytes + kPageBytes - 1) / kPageBytes);
+  }
+  const std::string name = fresh_name("there");
+  Arena named({&kRecorder});
+  REQUIRE(named.create(name, 5 * kMiB).ok());
+  CHECK(resident_when_pinned == 5 * kMiB / kPageBytes);
+  CHECK(named.unlink().ok());
+}
+
 TEST_CASE_FIXTURE(Recorded, "arena: pages that are kept stay pinned") {
   Arena arena({&kRecorder});
   REQUIRE(arena.resize(10 * kPageBytes).ok());
@@ -98,13 +113,26 @@ TEST_CASE_FIXTURE(Recorded, "arena: pages that are kept stay pinned") {
 
 TEST_CASE_FIXTURE(Recorded, "arena: it is usable when the device refuses to pin it, and says so") {
   refuses_to_pin = true;
+  const std::string name = fresh_name("refused");
+  for (const bool named : {false, true}) {
+    Arena arena({&kRecorder});
+    REQUIRE((named ? arena.create(name, kPageBytes) : arena.resize(kPageBytes)).ok());
+    CHECK(!arena.pinned());
+    CHECK(arena.refusal() == "no pins left");
+    CHECK(arena.nbytes() == kPageBytes);
+    arena.address()[kPageBytes - 1] = 1;
+    if (named) CHECK(arena.unlink().ok());
+  }
+}
+
+TEST_CASE_FIXTURE(Recorded, "arena: a refusal is forgotten when the device pins the next pages") {
+  refuses_to_pin = true;
   Arena arena({&kRecorder});
-  const Status status = arena.resize(kPageBytes);
-  CHECK(status.code == Code::kDevice);
-  CHECK(status.what == "no pins left");
-  CHECK(!arena.pinned());
-  CHECK(arena.nbytes() == kPageBytes);
-  arena.address()[kPageBytes - 1] = 1;
+  REQUIRE(arena.resize(kPageBytes).ok());
+  refuses_to_pin = false;
+  REQUIRE(arena.resize(100 * kPageBytes).ok());
+  CHECK(arena.pinned());
+  CHECK(arena.refusal().empty());
 }
 
 TEST_CASE_FIXTURE(Recorded, "arena: it stays as it is when the device refuses to unpin it") {
@@ -117,14 +145,6 @@ TEST_CASE_FIXTURE(Recorded, "arena: it stays as it is when the device refuses to
   CHECK(arena.nbytes() == kPageBytes);
   CHECK(is_mapped(before));
   refuses_to_unpin = false;
-}
-
-TEST_CASE_FIXTURE(Recorded, "arena: a name is not left behind when the device refuses to pin it") {
-  refuses_to_pin = true;
-  const std::string name = fresh_name("refused");
-  Arena arena({&kRecorder});
-  CHECK(arena.create(name, kPageBytes).code == Code::kDevice);
-  CHECK(!exists(name));
 }
 
 #if !defined(__SANITIZE_THREAD__)  // which cannot follow a fork of many threads
@@ -176,7 +196,7 @@ TEST_CASE("arena: populating gets every page and changes none") {
     REQUIRE(arena.resize(35 * kMiB + 5).ok());
     std::fill_n(arena.address() + kMiB, 100, uint8_t{7});
     REQUIRE(arena.populate(threads).ok());
-    CHECK(resident_pages(arena) == 35 * kMiB / kPageBytes + 1);
+    CHECK(resident_pages(arena.address(), arena.nbytes()) == 35 * kMiB / kPageBytes + 1);
     CHECK(std::count(arena.bytes().begin(), arena.bytes().end(), 7) == 100);
     CHECK(std::count(arena.bytes().begin(), arena.bytes().end(), 0) == ptrdiff_t(arena.nbytes()) - 100);
   }
@@ -187,7 +207,7 @@ TEST_CASE("arena: populating by hand, as old kernels need it, does the same") {
   REQUIRE(arena.resize(35 * kMiB).ok());
   std::fill_n(arena.address() + kMiB, 100, uint8_t{7});
   touch_pages(arena.bytes(), 3);
-  CHECK(resident_pages(arena) == 35 * kMiB / kPageBytes);
+  CHECK(resident_pages(arena.address(), arena.nbytes()) == 35 * kMiB / kPageBytes);
   CHECK(std::count(arena.bytes().begin(), arena.bytes().end(), 7) == 100);
 }
 

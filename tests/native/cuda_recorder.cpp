@@ -1,4 +1,5 @@
 // Stands where csrc/cuda is linked, and writes down what the bindings call: `calls()` takes the list.
+// `refuse()` says why devices cannot be counted from then on.
 #include <sstream>
 
 #include "../../csrc/bindings/bindings.h"
@@ -9,6 +10,7 @@ namespace dtruntime::cuda {
 namespace {
 
 std::vector<std::string> calls;
+std::string refusal;  // to count devices
 
 template <typename... Arguments>
 Status record(const char* name, Stream stream, Arguments... arguments) {
@@ -22,7 +24,11 @@ Status record(const char* name, Stream stream, Arguments... arguments) {
 
 }  // namespace
 
-int device_count() { return 3; }
+Status device_count(int* count) {
+  if (!refusal.empty()) return Status::device(refusal);
+  *count = 3;
+  return {};
+}
 
 Status list_chunks(std::span<const DeviceRange> ranges, uint64_t chunk_bytes, DeviceChunk* chunks,
                    Stream stream) {
@@ -60,6 +66,7 @@ Status read_memory(const uint8_t* data, size_t nbytes, uint64_t* sink, Stream st
 
 PYBIND11_MODULE(cuda_recorder, module) {
   dtruntime::bindings::bind_cuda(module);
+  module.def("refuse", [](const std::string& words) { dtruntime::cuda::refusal = words; });
   module.def("calls", [] {
     pybind11::list taken;
     for (const std::string& call : dtruntime::cuda::calls) taken.append(call);

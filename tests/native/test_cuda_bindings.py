@@ -99,3 +99,12 @@ def test_every_argument_goes_to_its_place(recorder, name, arguments, calls):
 @pytest.mark.slow
 def test_the_number_of_devices_is_handed_back(recorder):
     assert recorder.cuda_device_count() == 3
+
+
+@pytest.mark.slow
+def test_why_devices_cannot_be_counted_is_said(recorder):
+    recorder.refuse("the driver is too old")
+    with pytest.raises(RuntimeError, match="^the driver is too old$"):
+        recorder.cuda_device_count()
+    recorder.refuse("")
+    assert recorder.cuda_device_count() == 3

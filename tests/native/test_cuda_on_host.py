@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from random import Random
 
 import pytest
@@ -30,7 +30,7 @@ def device() -> ctypes.CDLL:
     library = ctypes.CDLL(str(kernels()))
     for name in ("list_chunks", "digest_chunks", "copy_digest_chunks", "find_changed", "gather_changed"):
         getattr(library, name).restype = ctypes.c_char_p
-    for name in ("read_memory", "pin_memory", "unpin_memory", "get_last_error"):
+    for name in ("read_memory", "pin_memory", "unpin_memory", "device_count", "get_last_error"):
         getattr(library, name).restype = ctypes.c_char_p
     return library
 
@@ -249,4 +249,34 @@ def test_the_current_device_is_as_before(device):
 def test_memory_is_pinned_and_unpinned(device):
     assert device.pin_memory(BUFFER, size(10)) is None
     assert device.unpin_memory(BUFFER) is None
-    assert device.device_count() == 2
+
+
+@pytest.fixture
+def count_devices(device) -> Iterator[Callable[[int, int], tuple[bytes | None, int]]]:
+    """Counts devices where the driver has a version (0: there is none) and CUDA gives an error."""
+
+    def count(version: int, error: int) -> tuple[bytes | None, int]:
+        device.set_driver(version, error)
+        found = ctypes.c_int(-1)
+        return device.device_count(ctypes.byref(found)), found.value
+
+    yield count
+    device.set_driver(13000, 0)
+
+
+@pytest.mark.parametrize(
+    ("version", "error", "found"),
+    [
+        pytest.param(13000, 0, 2, id="two devices"),
+        pytest.param(13000, 100, 0, id="no device"),
+        pytest.param(0, 35, 0, id="no driver"),
+    ],
+)
+def test_devices_are_counted(version, error, found, count_devices, device):
+    assert count_devices(version, error) == (None, found)
+    assert device.get_last_error() == b"cudaSuccess"
+
+
+def test_a_driver_that_is_too_old_is_told_from_none(count_devices):
+    words = b"CUDA driver version is insufficient for CUDA runtime version (cudaErrorInsufficientDriver)"
+    assert count_devices(11000, 35) == (b"counting devices: " + words, -1)

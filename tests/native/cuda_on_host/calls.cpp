@@ -55,7 +55,9 @@ const char* read_memory(const uint8_t* data, size_t nbytes, uint64_t* sink, int 
 
 const char* pin_memory(void* address, size_t nbytes) { return words_of(cuda::pin_memory(address, nbytes)); }
 const char* unpin_memory(void* address) { return words_of(cuda::unpin_memory(address)); }
-int device_count() { return cuda::device_count(); }
+const char* device_count(int* count) { return words_of(cuda::device_count(count)); }
+
+void set_driver(int version, int error) { set_driver(version, static_cast<cudaError_t>(error)); }
 
 void set_device(int device) { (void)cudaSetDevice(device); }
 

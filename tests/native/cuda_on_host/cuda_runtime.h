@@ -123,6 +123,8 @@ enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
+  cudaErrorInsufficientDriver = 35,
+  cudaErrorNoDevice = 100,
   cudaErrorInvalidDevice = 101,
 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
@@ -142,12 +144,15 @@ const char* cudaGetErrorName(cudaError_t error);
 const char* cudaGetErrorString(cudaError_t error);
 cudaError_t cudaGetLastError();  // and forgets it
 cudaError_t cudaGetDeviceCount(int* count);
+cudaError_t cudaDriverGetVersion(int* version);  // 0: there is none
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaMemsetAsync(void* memory, int byte, size_t nbytes, cudaStream_t stream);
 cudaError_t cudaHostRegister(void* address, size_t nbytes, unsigned flags);
 cudaError_t cudaHostUnregister(void* address);
+// Not CUDA's: from now on the driver is of that version, and to count devices gives that error.
+void set_driver(int version, cudaError_t error);
 cudaError_t check_launch(const cudaLaunchConfig_t& config);
 
 template <typename Kernel>
