@@ -32,20 +32,19 @@ def what_is_missing() -> list[str]:
 
 def _what_the_driver_lacks() -> list[str]:
     """Torch and the native module each bring a CUDA runtime of their own; the driver has to suit both."""
+    missing = []
     if not torch.cuda.is_available():
-        return [
+        missing.append(
             f"torch {torch.__version__} finds no GPU: is there one, with a driver for CUDA {torch.version.cuda}?"
-        ]
+        )
+    module = f"The native module, built for CUDA {_C.build_info()['cuda']},"
     try:
-        found = _C.cuda_device_count()
+        if _C.cuda_device_count() == 0 and not missing:
+            missing.append(f"{module} finds no GPU though torch does.")
     except RuntimeError as error:
-        return [f"The native module cannot use the GPU that torch finds: {error}."]
-    if found == 0:
-        return [
-            f"The native module, built for CUDA {_C.build_info()['cuda']}, finds no GPU though torch does: is the driver "
-            "too old for it?"
-        ]
-    return []
+        # Torch does not say why it finds none: what CUDA says to the module is often the reason for both.
+        missing.append(f"{module} cannot use the GPU: {error}.")
+    return missing
 
 
 class CudaDevice:

@@ -50,7 +50,12 @@ def test_nothing_is_missing_where_all_is_there(machine):
         ({"torch_cuda": None, "module_cuda": False}, [CPU_TORCH, CPU_MODULE]),
         ({"torch_finds": False}, ["finds no GPU: is there one, with a driver for CUDA 13.0?"]),
         ({"module_finds": 0}, ["built for CUDA 13.0, finds no GPU though torch does"]),
-        ({"module_finds": "driver too old"}, ["cannot use the GPU that torch finds: driver too old."]),
+        ({"torch_finds": False, "module_finds": 0}, ["finds no GPU: is there one"]),
+        ({"module_finds": "driver too old"}, ["built for CUDA 13.0, cannot use the GPU: driver too old."]),
+        (
+            {"torch_finds": False, "module_finds": "driver too old"},
+            ["finds no GPU: is there one", "cannot use the GPU: driver too old."],
+        ),
     ],
 )
 def test_each_thing_that_is_missing_has_its_sentence(parts, said, machine):
