@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import multiprocessing
 import subprocess
 import sys
 import textwrap
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
 import dtruntime_torch as dt
+from dtruntime_torch import _C
 from dtruntime_torch.errors import (
     CheckpointMismatch,
     CommitConflict,
@@ -354,3 +357,66 @@ def test_a_checkpoint_of_a_later_version_stops_the_load_in_place_of_an_older_one
     path.write_bytes(path.read_bytes().replace(b'"version":2', b'"version":1'))
     with dt.CheckpointManager(tmp_path) as manager, pytest.raises(NewerFormat, match="upgrade"):
         manager.load(state_of(0))
+
+
+def test_failed_saves_keep_no_memory_though_somebody_keeps_their_errors(tmp_path):
+    with dt.CheckpointManager(tmp_path) as manager:
+        manager.save(state_of(1), 1)
+        arena = manager._saver._stager.arena
+        failures = []
+        _C.inject_fault("fsync", 0, "fail", errno.ENOSPC)
+        try:
+            for step in (2, 3):
+                with pytest.raises(SaveFailed) as failure:
+                    manager.save(state_of(step), step)
+                failures.append(failure.value)
+        finally:
+            _C.clear_faults()
+        manager.save(state_of(4), 4)
+        assert manager._saver._stager.arena is arena
+    assert len(failures) == 2
+
+
+def test_threads_that_save_at_once_take_turns():
+    for _ in range(20):
+        backend = MemoryBackend()
+        manager = dt.CheckpointManager(backend)
+        together = threading.Barrier(2)
+
+        def save_one(step: int, manager=manager, together=together) -> None:
+            together.wait()
+            # Steps rise: the one that comes second may be refused.
+            with suppress(InvalidArgument):
+                manager.save({"w": torch.full((1 << 16,), float(step))}, step)
+
+        threads = [threading.Thread(target=save_one, args=(step,)) for step in (1, 2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for info in manager.list():
+            assert manager.verify(info.step).ok
+            assert manager.load_checkpoint(step=info.step)["w"].eq(float(info.step)).all()
+        manager.close()
+
+
+def test_a_save_from_within_a_save_of_the_same_thread_is_refused_and_costs_nothing():
+    class SavesAgain:
+        def __init__(self, manager: dt.CheckpointManager) -> None:
+            self.manager = manager
+            self.refusals: list[InvalidArgument] = []
+
+        def state_dict(self) -> dict[str, int]:
+            with pytest.raises(InvalidArgument, match="signal handler") as refusal:
+                self.manager.save({"x": 1}, 7)
+            self.refusals.append(refusal.value)
+            return {"x": 2}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            pass
+
+    with dt.CheckpointManager(MemoryBackend()) as manager:
+        value = SavesAgain(manager)
+        manager.save({"value": value}, 1)
+        assert value.refusals
+        assert [info.step for info in manager.list()] == [1]

@@ -7,6 +7,16 @@
 
 namespace dtruntime {
 
+CopyJob::Helping::Helping(Shared& shared) : shared_(shared) {
+  std::lock_guard lock(shared_.mutex);
+  ++shared_.helpers;
+}
+
+CopyJob::Helping::~Helping() {
+  std::lock_guard lock(shared_.mutex);
+  if (--shared_.helpers == 0) shared_.changed.notify_all();
+}
+
 CopyJob::CopyJob(std::span<uint8_t> arena, std::vector<Copy> copies, size_t chunk_bytes, unsigned threads)
     : arena_(arena),
       copies_(std::move(copies)),
@@ -16,12 +26,7 @@ CopyJob::CopyJob(std::span<uint8_t> arena, std::vector<Copy> copies, size_t chun
       stores_(stores_for(chunks_.nbytes())),
       digests_(chunks_.size() * kXxh3DigestBytes),
       progress_(copies_.size()) {
-  size_t copies_left = 0;
-  for (size_t copy = 0; copy < size(); ++copy) {
-    progress_[copy].left = chunks_of(copy);
-    copies_left += chunks_of(copy) > 0;
-  }
-  copies_left_ = copies_left;
+  for (size_t copy = 0; copy < size(); ++copy) progress_[copy].left = chunks_of(copy);
   if (threads == 0) threads = default_threads();
   const size_t useful = std::min<size_t>({threads, kMostThreads, chunks_.size()});
   helping_ = static_cast<unsigned>(std::min(useful, chunks_.nbytes() / kBytesPerThread + 1));
@@ -45,18 +50,24 @@ CopyJob::Outcome CopyJob::wait(std::span<const size_t> numbers, Clock::time_poin
   };
   if (all_done()) return Outcome::kDone;
   if (forked()) return Outcome::kForked;
+  {
+    const Helping helping(*shared_);
+    // One thread a task, so that each goes through all of them.
+    parallel_for(helping_, helping_, [&](size_t) {
+      for (const size_t copy : numbers) do_chunks(copy, deadline);
+    });
+  }
   std::unique_lock lock(shared_->mutex);
-  ++shared_->helpers;
-  lock.unlock();
-  // One thread a task, so that each goes through all of them.
-  parallel_for(helping_, helping_, [&](size_t) {
-    for (const size_t copy : numbers) do_chunks(copy, deadline);
-  });
-  lock.lock();
-  if (--shared_->helpers == 0) shared_->changed.notify_all();
   shared_->changed.wait_until(lock, deadline, [&] { return all_done() || cancelled_; });
   if (all_done()) return Outcome::kDone;
   return cancelled_ ? Outcome::kCancelled : Outcome::kTimeout;
+}
+
+bool CopyJob::done() const {
+  for (size_t copy = 0; copy < size(); ++copy) {
+    if (!finished(copy)) return false;
+  }
+  return true;
 }
 
 void CopyJob::cancel() {
@@ -88,7 +99,6 @@ void CopyJob::do_chunk(size_t copy, size_t index) {
                     digests_.data() + (chunks_.first_of(copy) + index) * kXxh3DigestBytes, stores_);
   nbytes_done_.fetch_add(length, std::memory_order_relaxed);
   if (progress_[copy].left.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
-  copies_left_.fetch_sub(1, std::memory_order_acq_rel);
   std::lock_guard lock(shared_->mutex);
   shared_->changed.notify_all();
 }

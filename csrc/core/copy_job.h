@@ -47,7 +47,8 @@ class CopyJob {
   void cancel();
 
   size_t size() const { return copies_.size(); }
-  bool done() const { return copies_left_.load(std::memory_order_acquire) == 0; }
+  // Looks at every copy.
+  bool done() const;
   bool cancelled() const { return cancelled_; }
   size_t nbytes() const { return chunks_.nbytes(); }
   size_t nbytes_done() const { return nbytes_done_.load(std::memory_order_relaxed); }
@@ -70,6 +71,18 @@ class CopyJob {
     unsigned helpers = 0;               // callers of wait() that may be in a chunk
   };
 
+  // A caller of wait() as long as it may be in a chunk, however it comes out.
+  class Helping {
+   public:
+    explicit Helping(Shared& shared);
+    ~Helping();
+    Helping(const Helping&) = delete;
+    Helping& operator=(const Helping&) = delete;
+
+   private:
+    Shared& shared_;
+  };
+
   bool forked() const { return forks_ != forks(); }
   bool finished(size_t copy) const { return progress_[copy].left.load(std::memory_order_acquire) == 0; }
   size_t chunks_of(size_t copy) const { return chunks_.first_of(copy + 1) - chunks_.first_of(copy); }
@@ -87,7 +100,6 @@ class CopyJob {
   unsigned helping_ = 0;  // threads, the calling one included, that wait() works with
   std::vector<uint8_t> digests_;
   std::vector<Progress> progress_;
-  std::atomic<size_t> copies_left_{0};
   std::atomic<size_t> nbytes_done_{0};
   std::atomic<bool> cancelled_{false};
   std::unique_ptr<Shared> shared_;

@@ -6,7 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
-#include <system_error>
+#include <exception>
 #include <thread>
 
 namespace dtruntime {
@@ -55,8 +55,8 @@ void ThreadPool::grow(unsigned wanted) {
   pthread_sigmask(SIG_SETMASK, &all, &before);
   try {
     for (; workers_ < wanted; ++workers_) std::thread([this] { serve(); }).detach();
-  } catch (const std::system_error&) {
-    // The system has no more threads to give; those that there are do the work.
+  } catch (const std::exception&) {
+    // The system has no more threads, or no memory for them; those that there are do the work.
   }
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }

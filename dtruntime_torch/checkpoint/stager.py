@@ -121,12 +121,13 @@ class Staging:
             more, and the arena may be used again.
     """
 
-    ended = False  # also of one whose making was interrupted
+    _process = 0  # of one whose making was interrupted: nothing of it is in flight
 
     def __init__(
         self, arena: _C.Arena, sources: Sources, job: _C.CopyJob, chunk_bytes: int, threads: int
     ) -> None:
         self.nbytes = sum(sources.lengths)
+        self.ended = False
         self._process = os.getpid()
         self._arena = arena
         self._sources = sources
@@ -235,7 +236,7 @@ class Staging:
 
     def __del__(self) -> None:
         # In a forked child nothing is in flight, and a thread that is not there may seem to hold the lock.
-        if not self.ended and self._process == os.getpid():
+        if self._process == os.getpid() and not self.ended:
             self.cancel()
 
     def _enqueue(self) -> None:
