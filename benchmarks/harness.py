@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dtruntime_torch.gpucheck.comparison import compare, gigabytes_per_second
+from dtruntime_torch.gpucheck.comparison import compare, gigabytes_per_second, in_turns
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 REPETITIONS = 21
@@ -58,15 +58,13 @@ def measure(case: Case, repetitions: int) -> dict[str, object]:
     Returns:
         What is printed: the fields of `dtruntime_torch.gpucheck.comparison.Comparison`.
     """
-    ours, peer = [], []
-    for _ in range(1 + repetitions):
-        ours.append(_seconds(case, case.ours))
-        peer.append(_seconds(case, case.peer))
+    works = {"ours": case.ours, "peer": case.peer}
+    seconds = in_turns(works, lambda work: _seconds(case, work), repetitions)
     figures = gigabytes_per_second if case.clock == "wall" else _seconds_per_gib
     return compare(
         case.metric,
-        ours[1:],
-        peer[1:],
+        seconds["ours"],
+        seconds["peer"],
         peer_name=case.peer_name,
         unit="GB/s" if case.clock == "wall" else "CPU s/GiB",
         figure=figures(case.nbytes),

@@ -7,43 +7,49 @@ from collections.abc import Iterator
 import torch
 
 from dtruntime_torch.gpucheck.chunk_table import ChunkTable
-from dtruntime_torch.gpucheck.comparison import Comparison, compare, gigabytes_per_second
-from dtruntime_torch.gpucheck.device import Device, random_bytes
+from dtruntime_torch.gpucheck.comparison import Comparison, compare, gigabytes_per_second, in_turns
+from dtruntime_torch.gpucheck.device import Bench, random_bytes
 from dtruntime_torch.gpucheck.sizes import GIB, KIB, MIB, Sizes
 from dtruntime_torch.gpucheck.staging import TIMEOUT
-from dtruntime_torch.gpucheck.timing import Work, by_clock, by_events, in_turns
+from dtruntime_torch.gpucheck.timing import Work, by_clock, by_events
 
 OF_READ_BANDWIDTH = 0.9
+TENSORS = 64
 
 
-def measure_digest(device: Device, sizes: Sizes) -> Iterator[Comparison]:
+def measure_digest(bench: Bench, sizes: Sizes) -> Iterator[Comparison]:
     """The kernels against plain reads and plain copies of the same memory, by events of the device."""
     for number, nbytes in enumerate(sizes.measured_bytes):
-        if 3 * nbytes > device.free_bytes():
+        if 3 * nbytes > bench.free_bytes():
             continue
-        data = random_bytes(device, nbytes, seed=13)
-        yield _against_read(device, sizes, data, MIB, OF_READ_BANDWIDTH)
+        data = random_bytes(bench, nbytes, seed=13)
+        yield _against_read(bench, sizes, data, MIB, OF_READ_BANDWIDTH)
         if number == 0:
             for chunk_bytes in sizes.other_chunk_sizes:
-                yield _against_read(device, sizes, data, chunk_bytes, None)
-            yield _op_against_read(device, sizes, data)
-            yield _copy_against_copy(device, sizes, data)
+                yield _against_read(bench, sizes, data, chunk_bytes, None)
+            yield _op_against_read(bench, sizes, data)
+            yield _copy_against_copy(bench, sizes, data)
 
 
-def measure_staging(device: Device, sizes: Sizes) -> Iterator[Comparison]:
-    """A whole staging, digests on both sides included, against one plain copy of as many bytes, by the host's clock."""
+def measure_staging(bench: Bench, sizes: Sizes) -> Iterator[Comparison]:
+    """A whole staging against one plain copy of as many bytes, by the host's clock.
+
+    The host's digests of what arrived are included. Each tensor has memory of its own, so each is a copy of its own.
+    """
     nbytes = sizes.copied_bytes
-    source = random_bytes(device, nbytes, seed=14)
-    arena = device.arena(nbytes)
+    part = -(-nbytes // TENSORS)
+    starts = range(0, nbytes, part)
+    tensors = [random_bytes(bench, min(part, nbytes - start), seed=14 + start) for start in starts]
+    source = torch.cat(tensors)
+    arena = bench.arena(nbytes)
     target = torch.frombuffer(arena, dtype=torch.uint8)
-    stager = device.stager(arena, MIB)
-    part = -(-nbytes // 64)
-    pairs = [(source[at : at + part], at) for at in range(0, nbytes, part)]
+    stager = bench.stager(arena, MIB)
+    pairs = list(zip(tensors, starts, strict=True))
     works: dict[str, Work] = {
         "ours": lambda: stager.start(pairs).wait(TIMEOUT),
-        "peer": lambda: device.copy(target, source),
+        "peer": lambda: bench.copy(target, source),
     }
-    seconds = in_turns(works, lambda work: by_clock(device, work), sizes.repetitions)
+    seconds = in_turns(works, lambda work: by_clock(bench, work), sizes.repetitions)
     yield compare(
         f"staging/{_size(nbytes)} in {len(pairs)} tensors",
         seconds["ours"],
@@ -55,41 +61,41 @@ def measure_staging(device: Device, sizes: Sizes) -> Iterator[Comparison]:
 
 
 def _against_read(
-    device: Device, sizes: Sizes, data: torch.Tensor, chunk_bytes: int, goal: float | None
+    bench: Bench, sizes: Sizes, data: torch.Tensor, chunk_bytes: int, goal: float | None
 ) -> Comparison:
-    table = ChunkTable(device, [data.data_ptr()], [data.numel()], chunk_bytes)
+    table = ChunkTable(bench, [data.data_ptr()], [data.numel()], chunk_bytes)
     digests = table.digest()
     name = f"digest/{_size(data.numel())} in chunks of {_size(chunk_bytes)}"
-    return _beside_read(device, sizes, data, name, lambda: table.digest(digests), goal)
+    return _beside_read(bench, sizes, data, name, lambda: table.digest(digests), goal)
 
 
-def _op_against_read(device: Device, sizes: Sizes, data: torch.Tensor) -> Comparison:
+def _op_against_read(bench: Bench, sizes: Sizes, data: torch.Tensor) -> Comparison:
     """The op makes its list of chunks and its result anew at each call."""
     name = f"digest op/{_size(data.numel())} in chunks of {_size(MIB)}"
-    return _beside_read(device, sizes, data, name, lambda: device.digest(data, MIB), None)
+    return _beside_read(bench, sizes, data, name, lambda: bench.digest(data, MIB), None)
 
 
 def _beside_read(
-    device: Device, sizes: Sizes, data: torch.Tensor, metric: str, ours: Work, goal: float | None
+    bench: Bench, sizes: Sizes, data: torch.Tensor, metric: str, ours: Work, goal: float | None
 ) -> Comparison:
-    sink = torch.empty(1, dtype=torch.int64, device=device.torch_device)
+    sink = torch.empty(1, dtype=torch.int64, device=bench.torch_device)
 
     def read() -> None:
-        device.native.cuda_read(data.data_ptr(), data.numel(), sink.data_ptr(), device.index, device.stream())
+        bench.native.cuda_read(data.data_ptr(), data.numel(), sink.data_ptr(), bench.index, bench.stream())
 
-    return _by_events(device, sizes, metric, ours, read, "reads of 16 bytes", data.numel(), goal)
+    return _by_events(bench, sizes, metric, ours, read, "reads of 16 bytes", data.numel(), goal)
 
 
-def _copy_against_copy(device: Device, sizes: Sizes, data: torch.Tensor) -> Comparison:
+def _copy_against_copy(bench: Bench, sizes: Sizes, data: torch.Tensor) -> Comparison:
     target = torch.empty_like(data)
-    table = ChunkTable(device, [data.data_ptr()], [data.numel()], MIB, [target.data_ptr()])
+    table = ChunkTable(bench, [data.data_ptr()], [data.numel()], MIB, [target.data_ptr()])
     digests = table.digest()
     return _by_events(
-        device,
+        bench,
         sizes,
         f"copy with digest/{_size(data.numel())} in chunks of {_size(MIB)}",
         lambda: table.digest(digests, copy=True),
-        lambda: device.copy(target, data),
+        lambda: bench.copy(target, data),
         "a copy on the device",
         data.numel(),
         None,
@@ -97,7 +103,7 @@ def _copy_against_copy(device: Device, sizes: Sizes, data: torch.Tensor) -> Comp
 
 
 def _by_events(
-    device: Device,
+    bench: Bench,
     sizes: Sizes,
     metric: str,
     ours: Work,
@@ -107,7 +113,7 @@ def _by_events(
     goal: float | None,
 ) -> Comparison:
     works = {"ours": ours, "peer": peer}
-    seconds = in_turns(works, lambda work: by_events(device, work, sizes.launches), sizes.repetitions)
+    seconds = in_turns(works, lambda work: by_events(bench, work, sizes.launches), sizes.repetitions)
     return compare(
         metric,
         seconds["ours"],

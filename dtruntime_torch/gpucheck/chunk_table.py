@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dtruntime_torch.gpucheck.device import Device
+from dtruntime_torch.gpucheck.device import Bench
 from dtruntime_torch.ops import CHUNK_RECORD_BYTES, QUEUE_BYTES
 
 
@@ -14,7 +14,7 @@ class ChunkTable:
     """Pieces of device memory, cut into chunks.
 
     Args:
-        device: where.
+        bench: where.
         addresses: of each piece; who makes the table keeps the memory.
         lengths: bytes of each.
         chunk_bytes: of a chunk, counted from the start of its piece.
@@ -26,24 +26,24 @@ class ChunkTable:
 
     def __init__(
         self,
-        device: Device,
+        bench: Bench,
         addresses: Sequence[int],
         lengths: Sequence[int],
         chunk_bytes: int,
         targets: Sequence[int] = (),
     ) -> None:
-        self._device = device
+        self._bench = bench
         self.count = sum(-(-length // chunk_bytes) for length in lengths)
         self._chunks = self._empty(self.count * CHUNK_RECORD_BYTES, torch.uint8)
         self._queue = self._empty(QUEUE_BYTES, torch.uint8)
-        device.native.cuda_list_chunks(
+        bench.native.cuda_list_chunks(
             addresses,
             lengths,
             targets,
             chunk_bytes,
             self._chunks.data_ptr(),
-            device.index,
-            device.stream(),
+            bench.index,
+            bench.stream(),
         )
 
     def digest(self, into: torch.Tensor | None = None, copy: bool = False) -> torch.Tensor:
@@ -57,13 +57,13 @@ class ChunkTable:
             (count, 2) int64, 16 canonical bytes a row.
         """
         digests = self._empty((self.count, 2), torch.int64) if into is None else into
-        self._device.native.cuda_digest(
+        self._bench.native.cuda_digest(
             self._chunks.data_ptr(),
             self.count,
             digests.data_ptr(),
             self._queue.data_ptr(),
-            self._device.index,
-            self._device.stream(),
+            self._bench.index,
+            self._bench.stream(),
             copy,
         )
         return digests
@@ -79,16 +79,16 @@ class ChunkTable:
             staging: the i-th goes to byte `i * stride` of it; None: each to its own target.
             stride: bytes; no chunk is longer.
         """
-        self._device.native.cuda_gather_changed(
+        self._bench.native.cuda_gather_changed(
             self._chunks.data_ptr(),
             changed.data_ptr(),
             changed_count.data_ptr(),
             changed.numel(),
             0 if staging is None else staging.data_ptr(),
             stride,
-            self._device.index,
-            self._device.stream(),
+            self._bench.index,
+            self._bench.stream(),
         )
 
     def _empty(self, shape: int | tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=self._device.torch_device)
+        return torch.empty(shape, dtype=dtype, device=self._bench.torch_device)

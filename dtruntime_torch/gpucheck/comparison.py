@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import TypeVar
+
+Way = TypeVar("Way")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,33 @@ class Comparison:
     def as_json(self) -> dict[str, object]:
         """What is written to files."""
         return {**asdict(self), "spread": list(self.spread)}
+
+
+def in_turns(
+    ways: Mapping[str, Way], take: Callable[[Way], float], repetitions: int
+) -> dict[str, list[float]]:
+    """Times several ways to do something, one after another, after one run of each that is not counted.
+
+    Args:
+        ways: by name.
+        take: gives the seconds of one run.
+        repetitions: how often each is counted.
+
+    Returns:
+        The seconds of each run, by name: neighbours in time stand at the same place.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for repetition in range(1 + repetitions):
+        for name, way in ways.items():
+            taken = take(way)
+            if repetition:
+                seconds[name].append(taken)
+    return seconds
+
+
+def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
+    """The median of each."""
+    return {name: statistics.median(runs) for name, runs in seconds.items()}
 
 
 def compare(

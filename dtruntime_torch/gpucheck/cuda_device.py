@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
+from torch.distributed.checkpoint.staging import AsyncStager, DefaultStager
 
 import dtruntime_torch.ops  # noqa: F401  registers torch.ops.dtruntime
 from dtruntime_torch import _C
 from dtruntime_torch.checkpoint.stager import Stager
-from dtruntime_torch.gpucheck.device import Event, NativeCalls
+from dtruntime_torch.gpucheck.device import Moment, NativeCalls
 from dtruntime_torch.gpucheck.machine import nvidia_driver
 
 COMPUTE_WIDTH = 2048
@@ -47,8 +49,8 @@ def _what_the_driver_lacks() -> list[str]:
     return missing
 
 
-class CudaDevice:
-    """The current device of torch.cuda. `gpucheck.device.Device` says what each method does."""
+class CudaBench:
+    """The current device of torch.cuda. `gpucheck.device.Bench` says what each method does."""
 
     kind = "gpu"
     native: NativeCalls = _C
@@ -77,22 +79,29 @@ class CudaDevice:
     def free_bytes(self) -> int:
         return torch.cuda.mem_get_info(self.index)[0]
 
+    def other_device(self) -> torch.device | None:
+        count = torch.cuda.device_count()
+        return torch.device("cuda", (self.index + 1) % count) if count > 1 else None
+
+    def current_index(self) -> int:
+        return torch.cuda.current_device()
+
     def stream(self) -> int:
         return int(torch.cuda.current_stream(self.index).cuda_stream)
 
     def on_side_stream(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._side)
 
-    def record(self) -> Event:
+    def record(self) -> Moment:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self.index))
         return event
 
-    def wait_for(self, event: Event) -> None:
+    def wait_for(self, event: Moment) -> None:
         assert isinstance(event, torch.cuda.Event)
         torch.cuda.current_stream(self.index).wait_event(event)
 
-    def seconds_between(self, start: Event, stop: Event) -> float:
+    def seconds_between(self, start: Moment, stop: Moment) -> float:
         assert isinstance(start, torch.cuda.Event) and isinstance(stop, torch.cuda.Event)
         stop.synchronize()
         return float(start.elapsed_time(stop)) / 1e3
@@ -116,6 +125,16 @@ class CudaDevice:
     def copy_digest_(self, target: torch.Tensor, source: torch.Tensor, chunk_bytes: int) -> torch.Tensor:
         digests: torch.Tensor = torch.ops.dtruntime.copy_digest_(target, source, chunk_bytes)
         return digests
+
+    def capture(self, work: Callable[[], torch.Tensor]) -> tuple[Callable[[], object], torch.Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = work()
+        return graph.replay, result
+
+    def dcp_stager(self) -> AsyncStager:
+        # Pinned, in a thread, on a stream of its own, in shared memory: all its options are on.
+        return DefaultStager()
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source, non_blocking=True)

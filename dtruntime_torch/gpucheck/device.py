@@ -1,22 +1,23 @@
 """The seam: what the checks need from the place where they run.
 
-`cuda_device.CudaDevice` is the one for users. The tests put one on the CPU behind it, whose native calls work on host
+`cuda_device.CudaBench` is the one for users. The tests put one on the CPU behind it, whose native calls work on host
 memory. Work is enqueued on the current stream, in order, and may go on after the call returned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol, TypeAlias
 
 import torch
+from torch.distributed.checkpoint.staging import AsyncStager
 
 from dtruntime_torch import _C
 from dtruntime_torch.checkpoint.stager import Stager
 
 # A moment of a stream: whatever the device makes of it.
-Event: TypeAlias = object
+Moment: TypeAlias = object
 
 
 class NativeCalls(Protocol):
@@ -66,15 +67,13 @@ class NativeCalls(Protocol):
     def cuda_read(self, data: int, nbytes: int, sink: int, device: int, stream: int) -> None: ...
 
 
-class Device(Protocol):
+class Bench(Protocol):
     """Where the checks run.
 
     Attributes:
-        kind: "gpu", or what else it is: such a report is never taken for a GPU's.
-        name: what it calls itself.
+        kind, name: "gpu", or what else it is (no report of that is taken for a GPU's), and what it calls itself.
         torch_device: where tensors go.
-        index: its number, for the native calls.
-        native: those.
+        index, native: its number for the native calls, and these.
     """
 
     @property
@@ -94,19 +93,25 @@ class Device(Protocol):
     def free_bytes(self) -> int:
         """Memory that can be had there."""
 
+    def other_device(self) -> torch.device | None:
+        """A device of the same kind that is not the current one, if there is one."""
+
+    def current_index(self) -> int:
+        """The number of the device that is current for this thread now."""
+
     def stream(self) -> int:
         """The current stream, for the native calls."""
 
     def on_side_stream(self) -> AbstractContextManager[object]:
         """Makes a second stream the current one, always the same."""
 
-    def record(self) -> Event:
+    def record(self) -> Moment:
         """A moment of the current stream: when all that was enqueued there so far is done."""
 
-    def wait_for(self, event: Event) -> None:
+    def wait_for(self, event: Moment) -> None:
         """Lets the current stream go on only after that moment of another."""
 
-    def seconds_between(self, start: Event, stop: Event) -> float:
+    def seconds_between(self, start: Moment, stop: Moment) -> float:
         """Waits for both moments, and says how far apart they are."""
 
     def synchronize(self) -> None:
@@ -127,6 +132,15 @@ class Device(Protocol):
     def copy_digest_(self, target: torch.Tensor, source: torch.Tensor, chunk_bytes: int) -> torch.Tensor:
         """`torch.ops.dtruntime.copy_digest_`."""
 
+    def capture(self, work: Callable[[], torch.Tensor]) -> tuple[Callable[[], object], torch.Tensor]:
+        """Records what `work` enqueues into a graph; that was done once before, and is not now.
+
+        Gives what enqueues the graph, and what `work` returned, where each time leaves its result.
+        """
+
+    def dcp_stager(self) -> AsyncStager:
+        """The fastest way that DCP has to stage: `close()` it in the end."""
+
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Enqueues a plain copy between the device and an arena."""
 
@@ -139,9 +153,8 @@ def on_host(tensor: torch.Tensor) -> memoryview:
     return tensor.cpu().numpy().data
 
 
-def random_bytes(device: Device, nbytes: int, seed: int) -> torch.Tensor:
-    """Fresh bytes on the device, the same for the same seed."""
-    generator = torch.Generator(device.torch_device).manual_seed(seed)
-    return torch.randint(
-        0, 256, (nbytes,), dtype=torch.uint8, device=device.torch_device, generator=generator
-    )
+def random_bytes(bench: Bench, nbytes: int, seed: int, where: torch.device | None = None) -> torch.Tensor:
+    """Fresh bytes on the device, or on another, the same for the same seed."""
+    device = bench.torch_device if where is None else where
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randint(0, 256, (nbytes,), dtype=torch.uint8, device=device, generator=generator)

@@ -24,7 +24,20 @@ class Check:
     detail: str
 
 
-Finding = Check | Comparison
+@dataclass(frozen=True, slots=True)
+class NotRun:
+    """Something that was neither checked nor measured here, which is no failure.
+
+    Attributes:
+        name: of the check or the metric, `what/where`.
+        why: what was missing.
+    """
+
+    name: str
+    why: str
+
+
+Finding = Check | Comparison | NotRun
 
 
 def same_digests(name: str, found: torch.Tensor, expected: bytes) -> Check:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from dtruntime_torch.gpucheck.comparison import Comparison
-from dtruntime_torch.gpucheck.findings import Check, Finding
+from dtruntime_torch.gpucheck.findings import Check, Finding, NotRun
 
 SCHEMA = 1
 
@@ -19,7 +19,7 @@ class Report:
     """A run of gpucheck.
 
     Attributes:
-        device: what `Device.describe` said; "kind" is "gpu" where it is one.
+        device: what `Bench.describe` said; "kind" is "gpu" where it is one.
         machine: what `describe_machine` said.
         quick: sizes were small.
         findings: in the order in which they were found.
@@ -41,6 +41,11 @@ class Report:
     def metrics(self) -> list[Comparison]:
         """What was measured."""
         return [finding for finding in self.findings if isinstance(finding, Comparison)]
+
+    @property
+    def not_run(self) -> list[NotRun]:
+        """What this machine had no means for."""
+        return [finding for finding in self.findings if isinstance(finding, NotRun)]
 
     @property
     def ok(self) -> bool:
@@ -69,6 +74,7 @@ class Report:
             "machine": self.machine,
             "checks": [asdict(check) for check in self.checks],
             "metrics": [metric.as_json() for metric in self.metrics],
+            "not_run": [asdict(left_out) for left_out in self.not_run],
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -82,6 +88,7 @@ class Report:
             verdict += f"; {len(missed)} of {sum(m.goal is not None for m in self.metrics)} goals missed"
         lines = [f"{self.device['kind']}: {self.device['name']}", *_table(self.metrics)]
         lines += [f"FAILED  {check.name}: {check.detail}" for check in failed]
+        lines += [one_line(left_out) for left_out in self.not_run]
         return "\n".join([*lines, f"{verdict}; {self.seconds:.0f} s"])
 
 
@@ -89,6 +96,8 @@ def one_line(finding: Finding) -> str:
     """What is shown as soon as it is found."""
     if isinstance(finding, Check):
         return f"{'ok    ' if finding.ok else 'FAILED'}  {finding.name}: {finding.detail}"
+    if isinstance(finding, NotRun):
+        return f"not run {finding.name}: {finding.why}"
     return (
         f"{'missed' if finding.reached is False else '      '}  {finding.metric}: {finding.ours:g} {finding.unit}, "
         f"{finding.peer_name} {finding.peer:g}, ratio {finding.ratio:.3f}"

@@ -10,26 +10,30 @@ from pathlib import Path
 
 from dtruntime_torch.gpucheck.bandwidth import measure_digest, measure_staging
 from dtruntime_torch.gpucheck.changes import check_changes
-from dtruntime_torch.gpucheck.cuda_device import CudaDevice, what_is_missing
-from dtruntime_torch.gpucheck.device import Device
+from dtruntime_torch.gpucheck.cuda_device import CudaBench, what_is_missing
+from dtruntime_torch.gpucheck.device import Bench
 from dtruntime_torch.gpucheck.digests import check_digests
 from dtruntime_torch.gpucheck.findings import Check, Finding
+from dtruntime_torch.gpucheck.gather import measure_gather
 from dtruntime_torch.gpucheck.machine import describe_machine
 from dtruntime_torch.gpucheck.overlap import check_overlap
 from dtruntime_torch.gpucheck.report import Report, one_line
 from dtruntime_torch.gpucheck.sizes import FULL, QUICK, Sizes
 from dtruntime_torch.gpucheck.staging import check_staging
+from dtruntime_torch.gpucheck.streams import check_streams
 from dtruntime_torch.gpucheck.training import measure_training
 
-Section = Callable[[Device, Sizes], Iterator[Finding]]
+Section = Callable[[Bench, Sizes], Iterator[Finding]]
 
 SECTIONS: tuple[Section, ...] = (
     check_digests,
+    check_streams,
     check_changes,
     check_staging,
     check_overlap,
     measure_digest,
     measure_staging,
+    measure_gather,
     measure_training,
 )
 ALL_HOLD, SOMETHING_FAILED, NO_GPU = 0, 1, 2
@@ -46,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if missing:
         _say("\n".join(["There is no GPU that can be checked here.", *missing]))
         return NO_GPU
-    return check(CudaDevice(), QUICK if options.quick else FULL, options.quick, options.output)
+    return check(CudaBench(), QUICK if options.quick else FULL, options.quick, options.output)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -66,29 +70,29 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def check(device: Device, sizes: Sizes, quick: bool, output: Path | None) -> int:
+def check(bench: Bench, sizes: Sizes, quick: bool, output: Path | None) -> int:
     """Runs all sections on a device, prints as it goes, and writes the report.
 
     Returns:
         The exit status.
     """
-    start = device.clock()
+    start = bench.clock()
     findings = []
-    for finding in findings_of(device, sizes):
+    for finding in findings_of(bench, sizes):
         _say(one_line(finding))
         findings.append(finding)
-    report = Report(device.describe(), describe_machine(), quick, findings, device.clock() - start)
+    report = Report(bench.describe(), describe_machine(), quick, findings, bench.clock() - start)
     path = report.default_path() if output is None else output
     report.write(path)
     _say(f"\n{report.summary()}\nwritten to {path}")
     return ALL_HOLD if report.ok else SOMETHING_FAILED
 
 
-def findings_of(device: Device, sizes: Sizes) -> Iterator[Finding]:
+def findings_of(bench: Bench, sizes: Sizes) -> Iterator[Finding]:
     """What every section finds. One that ends with an error is a check that failed; the others run all the same."""
     for section in SECTIONS:
         try:
-            yield from section(device, sizes)
+            yield from section(bench, sizes)
         except Exception as error:
             traceback.print_exc()
             yield Check(f"{section.__name__} runs to its end", False, f"{type(error).__name__}: {error}")

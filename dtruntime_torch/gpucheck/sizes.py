@@ -21,7 +21,9 @@ class Sizes:
         changed_chunks: how many chunks are compared with known digests.
         staging_bytes: staged in a round, about.
         staging_rounds: how often, while the sources are overwritten.
+        training_rounds: how often the state of a training loop is staged while it trains.
         copied_bytes: of the copies beside computation, and of the staging that is measured.
+        pieces: of 64 KiB, of which every second is gathered: how many are.
         measured_bytes: of the memory whose digests are measured; a size that the device has no room for is left out.
         other_chunk_sizes: measured without a goal, on the first of these.
         launches: of a kernel between two looks at the clock.
@@ -43,7 +45,9 @@ class Sizes:
     changed_chunks: int
     staging_bytes: int
     staging_rounds: int
+    training_rounds: int
     copied_bytes: int
+    pieces: int
     measured_bytes: tuple[int, ...]
     other_chunk_sizes: tuple[int, ...]
     launches: int
@@ -66,7 +70,9 @@ FULL = Sizes(
     changed_chunks=5000,
     staging_bytes=128 * MIB,
     staging_rounds=60,
+    training_rounds=4,
     copied_bytes=GIB,
+    pieces=1000,
     measured_bytes=(GIB, 4 * GIB),
     other_chunk_sizes=(64 * KIB, 256 * KIB, 16 * MIB),
     launches=8,
@@ -89,7 +95,9 @@ QUICK = Sizes(
     changed_chunks=1000,
     staging_bytes=32 * MIB,
     staging_rounds=20,
+    training_rounds=2,
     copied_bytes=256 * MIB,
+    pieces=1000,
     measured_bytes=(GIB,),
     other_chunk_sizes=(),
     launches=4,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 
 from dtruntime_torch import _C
-from dtruntime_torch.gpucheck.device import Device, random_bytes
+from dtruntime_torch.checkpoint.device import as_bytes
+from dtruntime_torch.gpucheck.device import Bench, random_bytes
 from dtruntime_torch.gpucheck.findings import Check
+from dtruntime_torch.gpucheck.loop import Loop
 from dtruntime_torch.gpucheck.sizes import Sizes
 
 CHUNK_BYTES = 1 << 20
@@ -16,13 +19,19 @@ SMALL = (1, 3, 16, 257, 4099)
 TIMEOUT = 60.0  # seconds, of a wait that should take milliseconds
 
 
-def check_staging(device: Device, sizes: Sizes) -> Iterator[Check]:
-    """Stages the same tensors again and again while they are overwritten, each by itself or all at once."""
-    tensors = _tensors(device, sizes.staging_bytes)
+def check_staging(bench: Bench, sizes: Sizes) -> Iterator[Check]:
+    """Stages while tensors are overwritten, by the check itself and by training."""
+    yield while_overwritten(bench, sizes)
+    yield while_training(bench, sizes)
+
+
+def while_overwritten(bench: Bench, sizes: Sizes) -> Check:
+    """The same tensors again and again, each overwritten by itself or all at once."""
+    tensors = _tensors(bench, sizes.staging_bytes)
     patterns = [tensor.clone() for tensor in tensors]
-    offsets = _places([tensor.numel() for tensor in tensors])
-    arena = device.arena(offsets[-1] + tensors[-1].numel())
-    stager = device.stager(arena, CHUNK_BYTES)
+    offsets = _places([tensor.nbytes for tensor in tensors])
+    arena = bench.arena(offsets[-1] + tensors[-1].nbytes)
+    stager = bench.stager(arena, CHUNK_BYTES)
     torn = []
     for number in range(sizes.staging_rounds):
         for tensor, pattern in zip(tensors, patterns, strict=True):
@@ -38,19 +47,45 @@ def check_staging(device: Device, sizes: Sizes) -> Iterator[Check]:
             tensor.fill_(0xEE)
         digests = staging.wait(TIMEOUT)
         torn += [f"round {number}: {what}" for what in _differences(arena, offsets, expected, digests)]
-    yield Check(
-        f"staging/{sizes.staging_rounds} rounds while overwritten",
-        not torn,
-        f"{len(torn)} tensors are not as they were, first {torn[0]}" if torn else f"{len(tensors)} tensors",
-    )
+    return _as_they_were(f"staging/{sizes.staging_rounds} rounds while overwritten", len(tensors), torn)
 
 
-def _tensors(device: Device, nbytes: int) -> list[torch.Tensor]:
+def while_training(bench: Bench, sizes: Sizes) -> Check:
+    """The state of a training loop, which goes on: its optimizer asks before each step."""
+    loop = Loop(bench, sizes)
+    tensors = loop.tensors()
+    offsets = _places([tensor.nbytes for tensor in tensors])
+    arena = bench.arena(offsets[-1] + tensors[-1].nbytes)
+    stager = bench.stager(arena, CHUNK_BYTES)
+    torn = []
+    for number in range(sizes.training_rounds):
+        # It is still under way on the device when the staging starts.
+        loop.step()
+        expected = [tensor.clone() for tensor in tensors]
+        staging = stager.start(list(zip(tensors, offsets, strict=True)))
+        door = loop.before_overwrite(partial(staging.before_overwrite, timeout=TIMEOUT))
+        for _ in range(sizes.steps):
+            loop.step()
+        door.remove()
+        digests = staging.wait(TIMEOUT)
+        torn += [f"round {number}: {what}" for what in _differences(arena, offsets, expected, digests)]
+        alone = sum(torch.equal(*both) for both in zip(tensors, expected, strict=True))
+        if 2 * alone > len(tensors):
+            torn.append(f"round {number}: nothing, but training left {alone} alone, so this shows little")
+    return _as_they_were(f"staging/{sizes.training_rounds} rounds of training", len(tensors), torn)
+
+
+def _as_they_were(name: str, count: int, torn: Sequence[str]) -> Check:
+    found = f"{len(torn)} tensors are not as they were, first {torn[0]}" if torn else f"{count} tensors"
+    return Check(name, not torn, found)
+
+
+def _tensors(bench: Bench, nbytes: int) -> list[torch.Tensor]:
     """Small ones and three large ones, which start at odd addresses."""
     large = nbytes // 4
-    memory = random_bytes(device, 3 * (large + 64), seed=10)
+    memory = random_bytes(bench, 3 * (large + 64), seed=10)
     views = [memory[number * (large + 64) + number :][: large + number] for number in range(3)]
-    return [*views, *(random_bytes(device, size, seed=11) for size in SMALL)]
+    return [*views, *(random_bytes(bench, size, seed=11) for size in SMALL)]
 
 
 def _places(lengths: Sequence[int]) -> list[int]:
@@ -66,7 +101,7 @@ def _differences(
 ) -> Iterator[str]:
     image, at = torch.frombuffer(arena, dtype=torch.uint8), 0
     for index, (offset, tensor) in enumerate(zip(offsets, expected, strict=True)):
-        host = tensor.cpu()
+        host = as_bytes(tensor).cpu()
         of_host = _C.digest(host.numpy().data, CHUNK_BYTES)
         if not torch.equal(image[offset : offset + host.numel()], host):
             yield f"the bytes of tensor {index}"

@@ -6,22 +6,24 @@ says is known beforehand, on a machine of any load, and a device on which nothin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 import dtruntime_torch.ops  # noqa: F401  registers torch.ops.dtruntime
 from dtruntime_torch import _C
+from dtruntime_torch.checkpoint.device import Event, as_bytes
 from dtruntime_torch.checkpoint.stager import Stager
-from dtruntime_torch.gpucheck.device import Event
+from dtruntime_torch.gpucheck.device import Moment
 from dtruntime_torch.gpucheck.sizes import KIB, Sizes
 from tests.gpucheck.host_native import HostNative
 
 # GB/s of the reckoned device: a digest reaches 0.95 of a read.
-SPEED = {"read": 100.0, "digest": 95.0, "copy with digest": 40.0, "copy": 50.0}
+SPEED = {"read": 100.0, "digest": 95.0, "copy with digest": 40.0, "copy": 50.0, "gather": 25.0}
 ROUND = 1e-7  # seconds of a round of computation
-TICK = 1e-3  # seconds from one look at the host's clock to the next
+TICK = 1e-6  # seconds from one look at the host's clock to the next
 
 TINY = Sizes(
     longest=300,
@@ -33,7 +35,9 @@ TINY = Sizes(
     changed_chunks=40,
     staging_bytes=400 * KIB,
     staging_rounds=4,
+    training_rounds=2,
     copied_bytes=256 * KIB,
+    pieces=5,
     measured_bytes=(256 * KIB, 1 << 20),
     other_chunk_sizes=(64 * KIB,),
     launches=2,
@@ -47,8 +51,8 @@ TINY = Sizes(
 )
 
 
-class HostDevice:
-    """Stands in for `CudaDevice`.
+class HostBench:
+    """Stands in for `CudaBench`.
 
     Attributes:
         overlaps: False makes it a device on which streams wait for each other.
@@ -61,7 +65,7 @@ class HostDevice:
 
     def __init__(self) -> None:
         self.overlaps = True
-        self._now = {"main": 0.0, "side": 0.0}
+        self._now = {"main": 0.0, "side": 0.0, "stager": 0.0}
         self._current = "main"
         self._looks = 0
         self.native = HostNative(lambda what, nbytes: self._spend(nbytes / SPEED[what] / 1e9), 3, self.stream)
@@ -72,25 +76,31 @@ class HostDevice:
     def free_bytes(self) -> int:
         return 1 << 30
 
+    def other_device(self) -> torch.device | None:
+        return torch.device("cpu")
+
+    def current_index(self) -> int:
+        return self.index
+
     def stream(self) -> int:
-        return {"main": 7, "side": 8}[self._current]
+        return {"main": 7, "side": 8, "stager": 9}[self._current]
 
     @contextmanager
-    def on_side_stream(self) -> Iterator[None]:
-        self._current = "side"
+    def on_side_stream(self, name: str = "side") -> Iterator[None]:
+        before, self._current = self._current, name
         try:
             yield
         finally:
-            self._current = "main"
+            self._current = before
 
     def record(self) -> float:
         return self._now[self._current]
 
-    def wait_for(self, event: Event) -> None:
+    def wait_for(self, event: Moment) -> None:
         assert isinstance(event, float)
         self._now[self._current] = max(self._now[self._current], event)
 
-    def seconds_between(self, start: Event, stop: Event) -> float:
+    def seconds_between(self, start: Moment, stop: Moment) -> float:
         assert isinstance(start, float) and isinstance(stop, float)
         return stop - start
 
@@ -105,7 +115,7 @@ class HostDevice:
         return _C.Arena(nbytes)
 
     def stager(self, arena: _C.Arena, chunk_bytes: int) -> Stager:
-        return Stager(arena, chunk_bytes)
+        return Stager(arena, chunk_bytes, find_device=lambda tensor: StagingSide(self))
 
     def digest(self, tensor: torch.Tensor, chunk_bytes: int) -> torch.Tensor:
         self._spend(tensor.nbytes / SPEED["digest"] / 1e9)
@@ -115,6 +125,13 @@ class HostDevice:
     def copy_digest_(self, target: torch.Tensor, source: torch.Tensor, chunk_bytes: int) -> torch.Tensor:
         digests: torch.Tensor = torch.ops.dtruntime.copy_digest_(target, source, chunk_bytes)
         return digests
+
+    def capture(self, work: Callable[[], torch.Tensor]) -> tuple[Callable[[], object], torch.Tensor]:
+        result = torch.zeros_like(work())
+        return lambda: result.copy_(work()), result
+
+    def dcp_stager(self) -> DefaultStager:
+        return DefaultStager(StagingOptions(False, False, True, False))
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source)
@@ -126,3 +143,48 @@ class HostDevice:
     def _spend(self, seconds: float) -> None:
         for stream in [self._current] if self.overlaps else list(self._now):
             self._now[stream] += seconds
+
+
+class StagingSide:
+    """The side of a `HostBench` that `dtruntime_torch.checkpoint.device.Device` is for: what a stager copies with."""
+
+    def __init__(self, bench: HostBench) -> None:
+        self._bench = bench
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StagingSide)
+
+    def __hash__(self) -> int:
+        return 0
+
+    def follow_current(self) -> None:
+        now = self._bench.record()
+        with self.on_side():
+            self._bench.wait_for(now)
+
+    def on_side(self) -> AbstractContextManager[None]:
+        return self._bench.on_side_stream("stager")
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        self._bench.copy(target, as_bytes(source))
+
+    def record(self) -> Passed:
+        with self.on_side():
+            return Passed(self._bench.record())
+
+    def hold_current(self, event: Event) -> None:
+        assert isinstance(event, Passed)
+        self._bench.wait_for(event.time)
+
+
+class Passed:
+    """An event of a stream on which all is done at once."""
+
+    def __init__(self, time: float) -> None:
+        self.time = time
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass

@@ -103,11 +103,14 @@ class HostNative:
         assert (device, stream) == self._place()
         (count,) = struct.unpack("<I", ctypes.string_at(changed_count, 4))
         assert count <= most
+        total = 0
         for number, row in enumerate(struct.unpack(f"<{count}I", ctypes.string_at(changed, 4 * count))):
             ((source, length, target),) = self._listed(chunks + CHUNK.size * row, 1)
             assert length <= stride
             place = staging + number * stride if staging else target
             self.write_bytes(place, self.read_bytes(source, length))
+            total += length
+        self._charge("gather", total)
 
     def cuda_read(self, data: int, nbytes: int, sink: int, device: int, stream: int) -> None:
         assert (device, stream) == self._place() and data % 16 == 0

@@ -12,7 +12,7 @@ import torch
 from dtruntime_torch import _C
 from dtruntime_torch.gpucheck import cuda_device, run
 from dtruntime_torch.gpucheck.overlap import check_overlap
-from tests.gpucheck.host_device import TINY, HostDevice
+from tests.gpucheck.host_device import TINY, HostBench
 
 CPU_TORCH = "is a CPU build"
 CPU_MODULE = "This dtruntime_torch was built without CUDA: build it again with CUDA_HOME"
@@ -88,7 +88,7 @@ def test_the_status_of_the_process_is_that_of_the_run(tmp_path):
 def stand_in(machine, monkeypatch):
     """The program with the CPU in the place of a GPU, and one check."""
     machine()
-    monkeypatch.setattr(run, "CudaDevice", HostDevice)
+    monkeypatch.setattr(run, "CudaBench", HostBench)
     monkeypatch.setattr(run, "SECTIONS", (check_overlap,))
 
 
@@ -110,7 +110,7 @@ def test_it_prints_what_it_finds_and_where_it_wrote_it(stand_in, monkeypatch, tm
     assert run.main([]) == 0
     out = capsys.readouterr().out
     assert out.startswith("ok      overlap/copies beside computation: 1.00 of it hides")
-    assert "stand-in: CPU, no GPU" in out and "1 of 1 checks hold" in out
+    assert "stand-in: CPU, no GPU" in out and "3 of 3 checks hold" in out
     assert out.endswith("written to benchmarks/results/stand-in-cpu-no-gpu.json\n")
 
 
