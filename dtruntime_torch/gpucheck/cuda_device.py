@@ -113,7 +113,10 @@ class CudaBench:
         return time.perf_counter()
 
     def arena(self, nbytes: int) -> _C.Arena:
-        return _C.Arena(nbytes, pin=True)
+        arena = _C.Arena(nbytes, pin=True)
+        if not arena.pinned:
+            raise RuntimeError(f"{nbytes} bytes of host memory could not be pinned: {arena.pin_refusal}")
+        return arena
 
     def stager(self, arena: _C.Arena, chunk_bytes: int) -> Stager:
         return Stager(arena, chunk_bytes)
