@@ -108,8 +108,9 @@ def _gpu(gpu: Results) -> str:
         f"{device['cuda_of_torch']}, dtruntime_torch {machine['dtruntime_torch']} with CUDA {machine['cuda']}.\n",
         f"{len(gpu['checks']) - len(failed)} of {len(gpu['checks'])} checks hold.\n",
     ]
-    lines += [f"- failed: {check['name']}: {check['detail']}" for check in failed]
-    return "\n".join(lines) + ("\n\n" if failed else "\n") + _table(gpu["metrics"])
+    notes = [f"- failed: {check['name']}: {check['detail']}" for check in failed]
+    notes += [f"- not run: {left_out['name']}: {left_out['why']}" for left_out in gpu["not_run"]]
+    return "\n".join(lines + notes) + ("\n\n" if notes else "\n") + _table(gpu["metrics"])
 
 
 def _table(metrics: Sequence[Results]) -> str:

@@ -76,6 +76,7 @@ def gpu(ok: bool = True, kind: str = "gpu") -> dict[str, object]:
         },
         "machine": MACHINE,
         "checks": [{"name": "digest/all", "ok": ok, "detail": "3 of 4 differ"}],
+        "not_run": [] if ok else [{"name": "ops/second device", "why": "there is one"}],
         "metrics": [metric("digest/1 GiB", 0.95, 0.9)],
     }
 
@@ -124,7 +125,11 @@ def test_results_of_a_gpu_have_their_section():
 
 
 def test_a_check_that_failed_on_a_gpu_is_shown():
-    assert "0 of 1 checks hold.\n\n- failed: digest/all: 3 of 4 differ\n" in render(host(), [gpu(ok=False)])
+    page = render(host(), [gpu(ok=False)])
+    assert (
+        "0 of 1 checks hold.\n\n- failed: digest/all: 3 of 4 differ\n- not run: ops/second device: there is one\n"
+        in page
+    )
 
 
 def test_what_is_no_gpu_is_refused_as_one():
