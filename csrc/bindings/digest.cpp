@@ -4,6 +4,7 @@
 
 #include <optional>
 
+#include "../core/bytes.h"
 #include "bindings.h"
 
 namespace dtruntime::bindings {
@@ -26,7 +27,8 @@ std::vector<Range> make_ranges(const Sizes& offsets, const Sizes& lengths) {
 template <typename Fill>
 py::bytes make_digests(std::span<const Range> ranges, size_t nbytes, size_t chunk_bytes, Fill fill) {
   raise_if_failed(check_ranges(ranges, nbytes, chunk_bytes));
-  const size_t chunks = ChunkList(ranges, chunk_bytes).size();
+  size_t chunks = 0;
+  for (const Range& range : ranges) chunks += divide_up(range.length, chunk_bytes);
   auto digests = py::reinterpret_steal<py::bytes>(
       PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(chunks * kXxh3DigestBytes)));
   if (!digests) throw py::error_already_set();

@@ -56,7 +56,7 @@ struct Sums {
 
 template <Store kStore>
 AVX2 inline Sums add_stripe(Sums sums, const uint8_t* source, uint8_t* target, const uint64_t* key) {
-  _mm_prefetch(source + xxh3::prefetch_bytes(kStore), _MM_HINT_T0);
+  _mm_prefetch(source + xxh3::kPrefetchBytesAvx2, _MM_HINT_T0);
   const __m256i low = load(source);
   const __m256i high = load(source + kHalf);
   store<kStore>(low, target);

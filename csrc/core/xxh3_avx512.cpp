@@ -31,7 +31,8 @@ AVX512 inline __m512i scramble(__m512i lanes) {
 
 template <Store kStore>
 AVX512 inline __m512i load(const uint8_t* source) {
-  _mm_prefetch(source + xxh3::prefetch_bytes(kStore), _MM_HINT_T0);
+  constexpr size_t kAhead = kStore == Store::kNone ? xxh3::kPrefetchBytesAvx512 : xxh3::kPrefetchBytes;
+  _mm_prefetch(source + kAhead, _MM_HINT_T0);
   __m512i data = _mm512_loadu_si512(source);
   asm volatile("" : "+v"(data));  // or gcc loads it once more where it is used
   return data;

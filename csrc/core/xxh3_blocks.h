@@ -13,10 +13,13 @@ inline constexpr size_t kStripes = kXxh3BlockBytes / kXxh3StripeBytes;
 // What a block loop does with the bytes besides adding them.
 enum class Store { kNone, kPlain, kStream };
 
-// How far ahead of the loads memory is asked for. Measured beside xxhash from memory, a digest: 1.02 with 192
-// to 320, 0.99 with 384, 0.98 with 448, below 0.9 from 512 on; in GB/s, a streamed copy: 19.2 with 256, 19.8
-// with 384.
-constexpr size_t prefetch_bytes(Store store) { return store == Store::kNone ? 320 : 384; }
+// How far ahead of the loads memory is asked for. Measured beside xxhash from memory, a digest by
+// AVX-512: 1.02 with 192 to 320, 0.99 with 384, 0.98 with 448, below 0.9 from 512 on; by AVX2: 1.00 with 512,
+// 0.85 to 0.97 with less, 0.83 with 704. In GB/s, a copy past the caches by AVX-512: 19.2 with 256, 19.8 with
+// 384.
+inline constexpr size_t kPrefetchBytes = 384;
+inline constexpr size_t kPrefetchBytesAvx2 = 512;
+inline constexpr size_t kPrefetchBytesAvx512 = 320;  // for digests alone
 
 // The secret as the loops read it: read at its own offsets, which are multiples of 8, every other stripe's
 // key would lie in two cache lines.

@@ -31,7 +31,7 @@ void run(Xxh3Lanes& lanes, const uint8_t* source, size_t stripes, uint8_t* targe
   for (size_t done = 0; done < stripes; ++done) {
     const size_t n = done % xxh3::kStripes;
     const size_t place = done * kXxh3StripeBytes;
-    __builtin_prefetch(source + place + xxh3::prefetch_bytes(kStore));
+    __builtin_prefetch(source + place + xxh3::kPrefetchBytes);
     for (size_t i = 0; i < kQuarters; ++i) {
       uint8x16_t bytes = vld1q_u8(source + place + i * kQuarter);
       asm volatile("" : "+w"(bytes));  // or the compiler may load it once more
