@@ -42,8 +42,9 @@ class CopyJobObject {
   CopyJob& job() { return *job_; }
 
   bool done() {
-    if (job_->done()) buffer_.reset();
-    return job_->done();
+    const bool all = job_->done();
+    if (all) buffer_.reset();
+    return all;
   }
 
   void cancel() {

@@ -70,8 +70,7 @@ py::bytes py_copy_digest(py::object arena, const std::vector<uintptr_t>& sources
   if (!py::isinstance<ArenaObject>(arena)) throw py::type_error("the target must be an Arena");
   const Buffer buffer(arena, Buffer::Access::kWrite);
   const std::vector<Copy> copies = make_copies(sources, lengths, offsets);
-  std::vector<Range> targets;
-  for (const Copy& copy : copies) targets.push_back(copy.target);
+  const std::vector<Range> targets = targets_of(copies);
   const size_t chunk = check_chunk_bytes(chunk_bytes);
   const unsigned count = check_threads(threads);
   const Xxh3Variant& variant = find_variant(impl);

@@ -24,6 +24,7 @@ from dtruntime_torch.checkpoint.handle import SaveHandle, SaveMetrics
 from dtruntime_torch.checkpoint.info import CheckpointInfo
 from dtruntime_torch.checkpoint.layout import Layout, make_layout
 from dtruntime_torch.checkpoint.lineage import Lineage
+from dtruntime_torch.checkpoint.locks import held
 from dtruntime_torch.checkpoint.objects import Json
 from dtruntime_torch.checkpoint.publish import Publisher, Snapshot
 from dtruntime_torch.checkpoint.save_plan import make_save_plan
@@ -136,18 +137,14 @@ class Saver:
                 "handler note that a save is wanted, and save in the training loop"
             )
         timeout = self._members.barrier.timeout
-        try:
-            if not self._lock.acquire(timeout=timeout):
+        with held(self._lock, timeout) as taken:
+            if not taken:
                 raise BarrierTimeout(f"another thread is still using this manager after {timeout:g} s")
             self._inside = threading.get_ident()
-            yield
-        finally:
-            if self._inside == threading.get_ident():
+            try:
+                yield
+            finally:
                 self._inside = None
-            # A signal may come when it is taken already and nothing yet says so; to give back what this thread does
-            # not have is refused.
-            with suppress(RuntimeError):
-                self._lock.release()
 
     def _next_key(self) -> str:
         self._sequence += 1

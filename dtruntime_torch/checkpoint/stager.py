@@ -23,7 +23,6 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from itertools import chain
@@ -33,6 +32,7 @@ import torch
 from dtruntime_torch import _C
 from dtruntime_torch.checkpoint.device import device_of
 from dtruntime_torch.checkpoint.device_copies import DeviceCopies, name_pairs
+from dtruntime_torch.checkpoint.locks import held
 from dtruntime_torch.checkpoint.sources import FindDevice, Pair, Sources, sort_sources
 from dtruntime_torch.errors import BarrierTimeout, InvalidArgument, SaveFailed
 
@@ -254,15 +254,9 @@ class Staging:
 
     def _end(self, timeout: float | None) -> None:
         deadline = None if timeout is None else time.monotonic() + timeout
-        try:
-            held = self._ending.acquire(timeout=-1 if timeout is None else max(0.0, timeout))
-            if not held or (not self.ended and not self._settled(deadline)):
+        with held(self._ending, timeout) as taken:
+            if not taken or (not self.ended and not self._settled(deadline)):
                 raise BarrierTimeout(self._progress(timeout))
-        finally:
-            # A signal may come when it is taken already and nothing yet says so; to give back what this thread does
-            # not have is refused.
-            with suppress(RuntimeError):
-                self._ending.release()
 
     def _settled(self, deadline: float | None) -> bool:
         """Whether nothing is in flight any more, before the deadline; the staging has ended then, well or not."""

@@ -23,7 +23,6 @@ from dtruntime_torch.testing.faulty_backend import (
 )
 from tests.checkpoint.commits import (
     NAME,
-    Time,
     also,
     commit_path,
     creates,
@@ -36,21 +35,6 @@ from tests.checkpoint.commits import (
 MANIFEST = manifest_of(7, 100)
 COMMIT = commit_path(7, 100)
 INTENT = manifest_path(MANIFEST)
-
-
-@pytest.fixture(params=["memory", "local"])
-def inner(request, tmp_path):
-    return MemoryBackend() if request.param == "memory" else LocalBackend(tmp_path)
-
-
-@pytest.fixture
-def backend(inner):
-    return FaultyBackend(inner)
-
-
-@pytest.fixture
-def time():
-    return Time()
 
 
 def commit_now(backend, time, manifest=MANIFEST, seconds=60.0):

@@ -13,7 +13,7 @@ from dtruntime_torch.checkpoint.commit import check_not_replaced, claim_generati
 from dtruntime_torch.checkpoint.manifest import decode_generation
 from dtruntime_torch.checkpoint.names import CommitKey
 from dtruntime_torch.errors import CommitConflict, StorageError
-from dtruntime_torch.storage import LocalBackend, MemoryBackend, run_sync
+from dtruntime_torch.storage import run_sync
 from dtruntime_torch.testing.faulty_backend import (
     Call,
     FaultyBackend,
@@ -23,7 +23,6 @@ from dtruntime_torch.testing.faulty_backend import (
 )
 from tests.checkpoint.commits import (
     NAME,
-    Time,
     also,
     claimed_by,
     commit_path,
@@ -36,21 +35,6 @@ from tests.checkpoint.commits import (
 
 MANIFEST = manifest_of(7, 100)
 COMMIT = commit_path(7, 100)
-
-
-@pytest.fixture(params=["memory", "local"])
-def inner(request, tmp_path):
-    return MemoryBackend() if request.param == "memory" else LocalBackend(tmp_path)
-
-
-@pytest.fixture
-def backend(inner):
-    return FaultyBackend(inner)
-
-
-@pytest.fixture
-def time():
-    return Time()
 
 
 def claim_now(backend, time, number=1, seen=None, loaded=False, step=100, seconds=60.0):
