@@ -60,15 +60,18 @@ class Outcome:
     """How a commit went.
 
     Attributes:
-        kind: "committed"; "aborted": never, for no create was sent; "lost": never, for something else is there;
-            "unknown": storage did not say in time, and the attempt may be committed now or later.
+        kind: "committed"; "aborted": never, for no create was sent; "stale": never, for the parent of this delta is
+            no longer committed, and no create was sent; "lost": never, for something else is there; "unknown":
+            storage did not say in time, and the attempt may be committed now or later.
         message: why, "" if committed.
         manifest_sha256: in hex.
+        answered: no create that was sent can take effect any more.
     """
 
-    kind: Literal["committed", "aborted", "lost", "unknown"]
+    kind: Literal["committed", "aborted", "stale", "lost", "unknown"]
     message: str
     manifest_sha256: str
+    answered: bool = True
 
 
 async def claim_generation(
@@ -125,13 +128,19 @@ async def check_not_replaced(backend: StorageBackend, name: str, generation: int
         )
 
 
-async def commit(backend: StorageBackend, manifest: Manifest, patience: Patience = Patience()) -> Outcome:
+async def commit(
+    backend: StorageBackend,
+    manifest: Manifest,
+    patience: Patience = Patience(),
+    parent: Commit | None = None,
+) -> Outcome:
     """Writes the manifest, then creates the commit file. Called once for an attempt, when its parts are durable.
 
     Args:
         backend: where to.
         manifest: of the attempt.
         patience: with unknown outcomes.
+        parent: of a delta, the commit whose files it uses: that must still be there once the manifest protects them.
 
     Returns:
         How it went. Only an aborted attempt has its manifest deleted again.
@@ -144,18 +153,23 @@ async def commit(backend: StorageBackend, manifest: Manifest, patience: Patience
     except Exception as error:
         message = f"the manifest {path} could not be written: {error!r}"
         return Outcome("aborted", message + await _delete_again(backend, path, patience), sha256)
+    if parent is not None and not await _is_still_committed(backend, parent, patience):
+        message = (
+            f"step {parent.step}, whose files step {manifest.step} of {manifest.name!r} was to use, is gone"
+        )
+        return Outcome("stale", message, sha256)
     ours = Commit(manifest.name, *manifest.key, manifest.attempt, sha256)
     path = names.commit_path(manifest.name, manifest.key)
     try:
-        there = await _make_sure(backend, path, encode_commit(ours), decode_commit, patience)
+        there, answered = await _make_sure(backend, path, encode_commit(ours), decode_commit, patience)
     except (StorageError, CorruptCheckpoint) as error:
         message = f"step {manifest.step} of {manifest.name!r} may be committed or not, nothing was deleted"
-        return Outcome("unknown", f"{message}: {error}", sha256)
+        return Outcome("unknown", f"{message}: {error}", sha256, answered=False)
     if there == ours:
-        return Outcome("committed", "", sha256)
+        return Outcome("committed", "", sha256, answered)
     by = "is void: a later job swept it" if there.void else f"is that of {there.attempt}"
     message = f"step {manifest.step} of {manifest.name!r} cannot be committed, {path} {by}"
-    return Outcome("lost", f"{message}; load the newest checkpoint to go on from there", sha256)
+    return Outcome("lost", f"{message}; load the newest checkpoint to go on from there", sha256, answered)
 
 
 async def _claim(
@@ -167,7 +181,8 @@ async def _claim(
     data = encode_generation(ours)
     try:
         # Its time, to the microsecond, tells it from a claim that this very run made before.
-        return await _make_sure(backend, path, data, decode_generation, patience) == ours
+        there, _ = await _make_sure(backend, path, data, decode_generation, patience)
+        return there == ours
     except CorruptCheckpoint:
         return False
 
@@ -178,8 +193,8 @@ async def _make_sure(
     data: bytes,
     decode: Callable[[bytes, str], R],
     patience: Patience,
-) -> R:
-    """Creates the file unless there is one; returns what is there, and durable, then.
+) -> tuple[R, bool]:
+    """Creates the file unless there is one; returns what is there, and durable, then, and whether all creates ended.
 
     Raises:
         StorageError: that is not known at the deadline.
@@ -187,13 +202,14 @@ async def _make_sure(
     """
     deadline = patience.clock() + patience.seconds
     pause = patience.pause
+    unknown: Exception | None = None
     while True:
         try:
             there = await _create_or_find(backend, path, data, patience)
         except Exception as error:
             unknown = error
         else:
-            return decode(there, path)
+            return decode(there, path), unknown is None
         if patience.clock() >= deadline:
             raise StorageError(f"{path} could not be created: {_reason(unknown)}") from unknown
         await patience.sleep(pause)
@@ -210,6 +226,15 @@ async def _create_or_find(backend: StorageBackend, path: str, data: bytes, patie
     except AlreadyExists:
         return bytes(await asyncio.wait_for(backend.read(path), patience.call_seconds))
     return data
+
+
+async def _is_still_committed(backend: StorageBackend, parent: Commit, patience: Patience) -> bool:
+    """Whether it is surely there: where that cannot be told, a full save is the safe answer."""
+    try:
+        reading = catalog.read_commit(backend, parent.name, parent.key)
+        return await asyncio.wait_for(reading, patience.call_seconds) == parent
+    except Exception:
+        return False
 
 
 async def _delete_again(backend: StorageBackend, path: str, patience: Patience) -> str:

@@ -350,7 +350,7 @@ RULES = {
         ('return Outcome("unknown", ', 'return Outcome("lost", '),
     ],
     "whatever a create of a commit finds is taken for ours": [("if there == ours:", "if there is not None:")],
-    "whatever a claim finds is taken for ours": [("patience) == ours", "patience) is not None")],
+    "whatever a claim finds is taken for ours": [("return there == ours", "return there is not None")],
     "the commit comes before the manifest": [
         (WRITE, "        intent = lambda path=path: backend.write(path, data)"),
         ("    if there == ours:", "    await intent()\n    if there == ours:"),
