@@ -45,7 +45,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "checkpoint.targets",
     ),
     (
-        "checkpoint.commit checkpoint.contents checkpoint.device checkpoint.shard_file checkpoint.verify",
+        "checkpoint.commit checkpoint.contents checkpoint.device checkpoint.diff checkpoint.shard_file checkpoint.verify",
         "checkpoint.device_copies checkpoint.sources",
         "checkpoint.stager",
         "checkpoint.staging",
