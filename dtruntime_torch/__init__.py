@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from dtruntime_torch.checkpoint.flatten import PerRank
     from dtruntime_torch.checkpoint.handle import SaveHandle, SaveMetrics
     from dtruntime_torch.checkpoint.info import CheckpointInfo
+    from dtruntime_torch.checkpoint.prune_plan import PruneReport
+    from dtruntime_torch.checkpoint.retention import KeepBest, RetentionPolicy
     from dtruntime_torch.checkpoint.verify import VerifyReport
     from dtruntime_torch.hook import CheckpointHook
     from dtruntime_torch.manager import CheckpointManager
@@ -33,9 +35,12 @@ _HOMES = {
     "CheckpointManager": "dtruntime_torch.manager",
     "CheckpointWriter": "dtruntime_torch.writer",
     "ElasticDistributedSampler": "dtruntime_torch.sampler",
+    "KeepBest": "dtruntime_torch.checkpoint.retention",
     "LocalBackend": "dtruntime_torch.storage",
     "MemoryBackend": "dtruntime_torch.storage",
     "PerRank": "dtruntime_torch.checkpoint.flatten",
+    "PruneReport": "dtruntime_torch.checkpoint.prune_plan",
+    "RetentionPolicy": "dtruntime_torch.checkpoint.retention",
     "SaveHandle": "dtruntime_torch.checkpoint.handle",
     "SaveMetrics": "dtruntime_torch.checkpoint.handle",
     "StorageBackend": "dtruntime_torch.storage",
@@ -49,9 +54,12 @@ __all__ = [
     "CheckpointManager",
     "CheckpointWriter",
     "ElasticDistributedSampler",
+    "KeepBest",
     "LocalBackend",
     "MemoryBackend",
     "PerRank",
+    "PruneReport",
+    "RetentionPolicy",
     "SaveHandle",
     "SaveMetrics",
     "StorageBackend",

@@ -19,6 +19,7 @@ import torch
 from dtruntime_torch import errors
 from dtruntime_torch._version import __version__
 from dtruntime_torch.checkpoint import commit, shard_file
+from dtruntime_torch.checkpoint.cleaning import Cleaner
 from dtruntime_torch.checkpoint.handle import SaveMetrics
 from dtruntime_torch.checkpoint.info import CheckpointInfo
 from dtruntime_torch.checkpoint.layout import Layout
@@ -26,6 +27,8 @@ from dtruntime_torch.checkpoint.lineage import Lineage
 from dtruntime_torch.checkpoint.manifest import Manifest, PartRef
 from dtruntime_torch.checkpoint.names import Attempt, CommitKey
 from dtruntime_torch.checkpoint.objects import Json
+from dtruntime_torch.checkpoint.prune_plan import PruneReport
+from dtruntime_torch.checkpoint.retention import KEEP_ALL, RetentionPolicy
 from dtruntime_torch.checkpoint.specs import SavePlan
 from dtruntime_torch.errors import (
     BarrierTimeout,
@@ -80,13 +83,22 @@ class Publisher:
         name: under which name.
         members: the ranks that save together.
         lineage: read for the generation and the parent, advanced by every save that ends.
+        policy: which checkpoints stay.
     """
 
-    def __init__(self, backend: StorageBackend, name: str, members: Membership, lineage: Lineage) -> None:
+    def __init__(
+        self,
+        backend: StorageBackend,
+        name: str,
+        members: Membership,
+        lineage: Lineage,
+        policy: RetentionPolicy = KEEP_ALL,
+    ) -> None:
         self._backend = backend
         self._name = name
         self._members = members
         self._lineage = lineage
+        self._cleaner = Cleaner(backend, name, policy)
         self._tries: Counter[CommitKey] = Counter()
         self._leftovers: list[Attempt] = []
 
@@ -167,6 +179,10 @@ class Publisher:
         snapshot.metrics.commit_seconds = time.perf_counter() - began
         return self._conclude(attempt, json.loads(answer), failure)
 
+    def prune(self, dry_run: bool) -> PruneReport:
+        """Deletes what the policy does not keep, and what older generations left; while nothing is being saved."""
+        return run_sync(self._cleaner.prune(self._lineage.generation, dry_run))
+
     def _name_attempt(self, step: int) -> bytes:
         """Claims a generation if there is none yet, and a folder that no other attempt has; on the leader."""
         lineage, name = self._lineage, self._name
@@ -237,9 +253,13 @@ class Publisher:
             parts=tuple(PartRef(**arrival["part"]) for arrival in arrivals),
         )
         # Altogether less than the others wait for the answer.
-        share = self._members.barrier.timeout / 4
+        share = self._share
         patience = commit.Patience(seconds=min(60.0, share), call_seconds=min(30.0, share))
         outcome = run_sync(commit.commit(self._backend, manifest, patience))
+        if outcome.kind == "committed":
+            run_sync(self._cleaner.after_commit(attempt.key, outcome.answered, share))
+        elif outcome.kind != "unknown":
+            self._give_up(attempt)
         return _outcome(outcome.kind, outcome.message, CheckpointInfo.of(manifest, outcome.manifest_sha256))
 
     def _conclude(
@@ -257,6 +277,11 @@ class Publisher:
         info = CheckpointInfo(**answer["info"])  # type: ignore[arg-type]
         self._lineage.parent = info.key
         return info
+
+    def _give_up(self, attempt: Attempt) -> None:
+        """Deletes, on the leader, what can never be committed, unless a delta names it."""
+        self._cleaner.gave_up(attempt)
+        self._clean_up()
 
     def _give_back(self, attempt: Attempt) -> None:
         """Deletes this rank's files of an attempt that can never be committed."""
@@ -277,6 +302,13 @@ class Publisher:
                 logger.warning("files of %s are left over, to be deleted later: %s", attempt.path, error)
                 remaining.append(attempt)
         self._leftovers = remaining
+        if self._members.rank == 0 and self._lineage.generation is not None:
+            run_sync(self._cleaner.before_save(self._lineage.generation, self._share))
+
+    @property
+    def _share(self) -> float:
+        """Seconds for one of the things for which the others wait."""
+        return self._members.barrier.timeout / 4
 
 
 def _failed_arrival(error: BaseException) -> bytes:

@@ -26,7 +26,9 @@ from dtruntime_torch.checkpoint.layout import Layout, make_layout
 from dtruntime_torch.checkpoint.lineage import Lineage
 from dtruntime_torch.checkpoint.locks import held
 from dtruntime_torch.checkpoint.objects import Json
+from dtruntime_torch.checkpoint.prune_plan import PruneReport
 from dtruntime_torch.checkpoint.publish import Publisher, Snapshot
+from dtruntime_torch.checkpoint.retention import KEEP_ALL, RetentionPolicy
 from dtruntime_torch.checkpoint.save_plan import make_save_plan
 from dtruntime_torch.checkpoint.specs import FlatSpecs, SavePlan
 from dtruntime_torch.checkpoint.stager import Stager
@@ -56,15 +58,22 @@ class Saver:
         members: the ranks that save together.
         lineage: where this manager stands.
         chunk_bytes: bytes of a chunk.
+        policy: which checkpoints stay.
     """
 
     def __init__(
-        self, backend: StorageBackend, name: str, members: Membership, lineage: Lineage, chunk_bytes: int
+        self,
+        backend: StorageBackend,
+        name: str,
+        members: Membership,
+        lineage: Lineage,
+        chunk_bytes: int,
+        policy: RetentionPolicy = KEEP_ALL,
     ) -> None:
         self._members = members
         self._lineage = lineage
         self._chunk_bytes = chunk_bytes
-        self._publisher = Publisher(backend, name, members, lineage)
+        self._publisher = Publisher(backend, name, members, lineage, policy)
         self._stager = Stager(_C.Arena(0), chunk_bytes)
         self._structure: Structure | None = None
         self._sequence = 0
@@ -96,6 +105,12 @@ class Saver:
             self._handle = SaveHandle(snapshot.step, metrics, future)
             metrics.stall_seconds = time.perf_counter() - began
             return self._handle
+
+    def prune(self, dry_run: bool) -> PruneReport:
+        """Deletes what is not to stay, once the save that is under way has ended."""
+        with self._alone():
+            self.wait()
+            return self._publisher.prune(dry_run)
 
     def wait(self) -> None:
         """Waits for the save that is under way, whatever becomes of it.
