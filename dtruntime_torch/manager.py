@@ -10,6 +10,7 @@ from torch.distributed.distributed_c10d import ProcessGroup, Store
 
 from dtruntime_torch.checkpoint import catalog, restore
 from dtruntime_torch.checkpoint.arguments import check_step
+from dtruntime_torch.checkpoint.delta import DeltaPolicy
 from dtruntime_torch.checkpoint.handle import SaveHandle
 from dtruntime_torch.checkpoint.info import CheckpointInfo
 from dtruntime_torch.checkpoint.lineage import Lineage
@@ -19,6 +20,7 @@ from dtruntime_torch.checkpoint.save import Saver
 from dtruntime_torch.checkpoint.verify import VerifyReport, find_commit, verify
 from dtruntime_torch.errors import CorruptCheckpoint, DTRuntimeError, InvalidArgument
 from dtruntime_torch.membership import join
+from dtruntime_torch.retry import RetryPolicy
 from dtruntime_torch.storage import StorageBackend, backend_for, run_sync
 
 logger = logging.getLogger(__name__)
@@ -33,6 +35,10 @@ class CheckpointManager:
     Args:
         storage: a local folder, or a storage backend. Nothing is made there before the first save.
         name: what the checkpoints are called, `[A-Za-z0-9._-]{1,100}` without a leading dot.
+        delta: True saves only the chunks that changed since the last committed save of this manager, and everything
+            now and then, as `DeltaPolicy` says; give one to choose. The first save after a load is full.
+        retry: how often a save is tried that storage failed, with which pauses; a later save and `close` wait for the
+            pauses too. None: a failed save is not tried again.
         chunk_bytes: bytes of a chunk, of which each has a digest.
         timeout: seconds after which a wait for other ranks is given up, with an error that names them.
         process_group: the ranks that save together; None for all, or for this process alone where
@@ -55,6 +61,8 @@ class CheckpointManager:
         storage: str | os.PathLike[str] | StorageBackend,
         name: str = "model",
         *,
+        delta: bool | DeltaPolicy = False,
+        retry: RetryPolicy | None = None,
         chunk_bytes: int = 1 << 20,
         timeout: float = 600.0,
         process_group: ProcessGroup | None = None,
@@ -69,7 +77,12 @@ class CheckpointManager:
         self._backend = backend_for(storage)
         self._members = join(process_group, store, timeout)
         self._lineage = Lineage()
-        self._saver = Saver(self._backend, name, self._members, self._lineage, chunk_bytes)
+        if not isinstance(delta, (bool, DeltaPolicy)):
+            raise InvalidArgument(f"delta is {delta!r}; give True, False or a DeltaPolicy")
+        policy = (DeltaPolicy() if delta else None) if isinstance(delta, bool) else delta
+        self._saver = Saver(
+            self._backend, name, self._members, self._lineage, chunk_bytes, delta=policy, retry=retry
+        )
         self._loads = 0
         self._closed = False
         self._process = os.getpid()

@@ -1,0 +1,84 @@
+"""A state as it was when a save was called: what its first half hands to the second."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from dtruntime_torch import _C
+from dtruntime_torch.checkpoint.delta import Base, Integers, chunks_of
+from dtruntime_torch.checkpoint.handle import SaveMetrics
+from dtruntime_torch.checkpoint.layout import Layout
+from dtruntime_torch.checkpoint.names import Attempt
+from dtruntime_torch.checkpoint.objects import Json
+from dtruntime_torch.checkpoint.specs import SavePlan
+from dtruntime_torch.errors import SaveFailed
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What one rank saves.
+
+    Attributes:
+        key: the save's prefix in the Store.
+        step: the training step.
+        plan: what this rank writes.
+        layout: where it lies in `image`.
+        image: the data file of a full save, ready to be written; unchanged until the save has ended.
+        digests: of its chunks, in the order of the layout.
+        chunk_bytes: bytes of a chunk.
+        values: fqn -> encoded object, for the objects of the plan.
+        metadata: the user's.
+        metrics: to be filled in.
+        attempt: where it goes, if that was opened before it was taken.
+        base: this rank's part of the last committed save, if that had the same layout.
+        delta: only what differs from the base is to be written. Of the image only what differed from itself was
+            copied: the rest lies there since an earlier save.
+    """
+
+    key: str
+    step: int
+    plan: SavePlan
+    layout: Layout
+    image: memoryview
+    digests: bytes
+    chunk_bytes: int
+    values: Mapping[str, Json]
+    metadata: Json
+    metrics: SaveMetrics
+    attempt: Attempt | None
+    base: Base | None = None
+    delta: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(slot.nbytes for slot in self.layout.slots)
+
+    def check_image(self, positions: Integers | None = None) -> None:
+        """Digests what lies in the image again.
+
+        Args:
+            positions: of the chunks, as `chunks_of` lists them; None means all.
+
+        Raises:
+            SaveFailed: memory is no longer what was put there.
+        """
+        chunks = chunks_of(self.layout, self.chunk_bytes)
+        asked = np.arange(len(chunks.start)) if positions is None else positions
+        found = _C.digest_ranges(
+            self.image, chunks.start[asked].tolist(), chunks.length[asked].tolist(), self.chunk_bytes
+        )
+        expected = np.frombuffer(self.digests, np.uint64).reshape(-1, 2)[asked]
+        wrong = (np.frombuffer(found, np.uint64).reshape(-1, 2) != expected).any(axis=1)
+        if wrong.any():
+            chunk = asked[int(np.argmax(wrong))]
+            spec = self.layout.slots[chunks.slot[chunk]].item.spec
+            start = int(chunks.start[chunk])
+            raise SaveFailed(
+                f"staging memory changed since it was filled: {int(wrong.sum())} chunks, the first of {spec.fqn!r} at "
+                f"bytes [{start}, {start + int(chunks.length[chunk])}) of the image; nothing of it is committed. "
+                f"Suspect this machine's memory, or code that writes where it should not"
+            )
