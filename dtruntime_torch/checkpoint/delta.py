@@ -91,50 +91,30 @@ class Base:
 
 
 @dataclass(frozen=True, slots=True)
-class ChunkTable:
-    """The chunks of an image, in the order of the layout.
-
-    Attributes:
-        slot: position in the layout of the tensor that each belongs to.
-        start: first byte in the image.
-        length: bytes.
-    """
-
-    slot: Integers
-    start: Integers
-    length: Integers
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class Delta:
     """A save against a base.
 
     Attributes:
-        changed: positions of the chunks that are written, ascending, as in the `ChunkTable`.
-        changed_bytes: their bytes.
+        changed_bytes: bytes of the chunks that are written.
         runs: (offset in the image, bytes) of what is written, in this order; neighbours are one run.
         files: the files of the base that still hold something.
         extents: of each tensor, in the order of the layout. They number `files`, and after them the file that is
             written now.
     """
 
-    changed: Integers
     changed_bytes: int
     runs: tuple[tuple[int, int], ...]
     files: tuple[FileRef, ...]
     extents: tuple[tuple[Extent, ...], ...]
 
 
-def chunks_of(layout: Layout, chunk_bytes: int) -> ChunkTable:
-    """Lists the chunks of an image.
+@dataclass(frozen=True, slots=True, eq=False)
+class _Chunks:
+    """Chunks of ranges of bytes, in their order: of each its range, its first byte, and its bytes."""
 
-    Args:
-        layout: of the image.
-        chunk_bytes: bytes of a chunk; the last of a tensor may be shorter.
-    """
-    offsets = np.array([slot.offset for slot in layout.slots], np.int64)
-    lengths = np.array([slot.nbytes for slot in layout.slots], np.int64)
-    return ChunkTable(*_cut(offsets, lengths, chunk_bytes))
+    owner: Integers
+    start: Integers
+    length: Integers
 
 
 def make_delta(base: Part, layout: Layout, digests: bytes, header_length: int) -> Delta:
@@ -148,16 +128,15 @@ def make_delta(base: Part, layout: Layout, digests: bytes, header_length: int) -
     """
     by_index = {entry.index: entry for entry in base.tensors}
     entries = [by_index[slot.item.spec.index] for slot in layout.slots]
-    chunks = chunks_of(layout, base.chunk_bytes)
-    is_changed = _rows(digests) != _rows(b"".join(entry.digests for entry in entries))
-    changes = is_changed.any(axis=1)
+    chunks = _cut([(slot.offset, slot.nbytes) for slot in layout.slots], base.chunk_bytes)
+    old = b"".join(entry.digests for entry in entries)
+    changes = (_rows(digests) != _rows(old)).any(axis=1)
     changed = np.flatnonzero(changes)
     files, file, offset = _places(entries, base.files, base.chunk_bytes, changes)
     lengths = chunks.length[changed]
     file[changed] = len(files)
     offset[changed] = header_length + np.cumsum(lengths) - lengths
     return Delta(
-        changed=changed,
         changed_bytes=int(lengths.sum()),
         runs=_runs(chunks, changed),
         files=files,
@@ -169,12 +148,13 @@ def _rows(digests: bytes) -> NDArray[np.uint64]:
     return np.frombuffer(digests, np.uint64).reshape(-1, 2)
 
 
-def _cut(offsets: Integers, lengths: Integers, chunk_bytes: int) -> tuple[Integers, Integers, Integers]:
-    """Cuts ranges into chunks; gives of each its range, its first byte and its bytes."""
+def _cut(ranges: Sequence[tuple[int, int]], chunk_bytes: int) -> _Chunks:
+    """Cuts ranges, (first byte, bytes), into chunks."""
+    offsets, lengths = np.array(ranges, np.int64).reshape(-1, 2).T
     counts = -(-lengths // chunk_bytes)
-    owner = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
-    done = (np.arange(len(owner), dtype=np.int64) - (np.cumsum(counts) - counts)[owner]) * chunk_bytes
-    return owner, offsets[owner] + done, np.minimum(lengths[owner] - done, chunk_bytes)
+    owner = np.repeat(np.arange(len(counts)), counts)
+    done = (np.arange(len(owner)) - (np.cumsum(counts) - counts)[owner]) * chunk_bytes
+    return _Chunks(owner, offsets[owner] + done, np.minimum(lengths[owner] - done, chunk_bytes))
 
 
 def _places(
@@ -182,19 +162,15 @@ def _places(
 ) -> tuple[tuple[FileRef, ...], Integers, Integers]:
     """Which files of the base are still needed; and of each chunk its file, numbered by these, and place there."""
     extents = [extent for entry in entries for extent in entry.extents]
-    owner, offset, _ = _cut(
-        np.array([extent.offset for extent in extents], np.int64),
-        np.array([extent.length for extent in extents], np.int64),
-        chunk_bytes,
-    )
-    file = np.array([extent.file for extent in extents], np.int64)[owner]
+    chunks = _cut([(extent.offset, extent.length) for extent in extents], chunk_bytes)
+    file = np.array([extent.file for extent in extents], np.int64)[chunks.owner]
     needed = np.unique(file[~changes])
     renumbered = np.zeros(len(files), np.int64)
     renumbered[needed] = np.arange(len(needed))
-    return tuple(files[number] for number in needed), renumbered[file], offset
+    return tuple(files[number] for number in needed), renumbered[file], chunks.start
 
 
-def _runs(chunks: ChunkTable, changed: Integers) -> tuple[tuple[int, int], ...]:
+def _runs(chunks: _Chunks, changed: Integers) -> tuple[tuple[int, int], ...]:
     # Nothing lies between two tensors of an image, so neighbours in the table are neighbours there.
     first = np.flatnonzero(np.diff(changed, prepend=-2) != 1)
     starts = chunks.start[changed[first]]
@@ -202,18 +178,16 @@ def _runs(chunks: ChunkTable, changed: Integers) -> tuple[tuple[int, int], ...]:
     return tuple(zip(starts.tolist(), nbytes.tolist(), strict=True))
 
 
-def _extents(
-    chunks: ChunkTable, file: Integers, offset: Integers, slots: int
-) -> tuple[tuple[Extent, ...], ...]:
+def _extents(chunks: _Chunks, file: Integers, offset: Integers, slots: int) -> tuple[tuple[Extent, ...], ...]:
     """Merges what lies in a row, tensor by tensor."""
     apart = np.ones(len(file), np.bool_)
     apart[1:] = (
-        (chunks.slot[1:] != chunks.slot[:-1])
+        (chunks.owner[1:] != chunks.owner[:-1])
         | (file[1:] != file[:-1])
         | (offset[1:] != offset[:-1] + chunks.length[:-1])
     )
     first = np.flatnonzero(apart)
-    columns = (chunks.slot[first], file[first], offset[first], _sums(chunks.length, first))
+    columns = (chunks.owner[first], file[first], offset[first], _sums(chunks.length, first))
     rows = zip(*(column.tolist() for column in columns), strict=True)
     found = {
         slot: tuple(Extent(*row[1:]) for row in group) for slot, group in groupby(rows, lambda row: row[0])

@@ -199,9 +199,9 @@ class Publisher:
         base, metrics = snapshot.base, snapshot.metrics
         changes = None if base is None else _compare(snapshot, base)
         delta = changes if as_delta else None
-        if snapshot.delta:
-            # What was not copied just now may lie there for long.
-            snapshot.check_image(None if delta is None else delta.changed)
+        if snapshot.delta and delta is None:
+            # Most of this was not copied just now, and was last looked at when it was.
+            snapshot.check_image()
         shard = run_sync(
             shard_file.write_shard(
                 self._backend,

@@ -189,6 +189,7 @@ class Saver:
         began = time.perf_counter()
         layout = structure.layout
         base = self._lineage.base_of(layout)
+        delta = base is not None and not base.full_next
         digests = stage(self._stager, layout, flat.tensors, self._members.barrier.timeout)
         metrics.staging_seconds = time.perf_counter() - began
         metrics.staged_bytes = sum(slot.nbytes for slot in layout.slots)
@@ -205,7 +206,7 @@ class Saver:
             metrics=metrics,
             attempt=attempt,
             base=base,
-            delta=base is not None and not base.full_next,
+            delta=delta,
         )
 
     def _agree(self, key: str, flat: FlatState) -> Structure:

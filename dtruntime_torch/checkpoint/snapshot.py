@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
 from dtruntime_torch import _C
-from dtruntime_torch.checkpoint.delta import Base, Integers, chunks_of
+from dtruntime_torch.checkpoint.delta import Base
 from dtruntime_torch.checkpoint.handle import SaveMetrics
 from dtruntime_torch.checkpoint.layout import Layout
 from dtruntime_torch.checkpoint.names import Attempt
 from dtruntime_torch.checkpoint.objects import Json
-from dtruntime_torch.checkpoint.specs import SavePlan
+from dtruntime_torch.checkpoint.specs import SavePlan, digest_length
 from dtruntime_torch.errors import SaveFailed
 
 
@@ -57,28 +55,24 @@ class Snapshot:
         """Bytes of all tensors."""
         return sum(slot.nbytes for slot in self.layout.slots)
 
-    def check_image(self, positions: Integers | None = None) -> None:
+    def check_image(self) -> None:
         """Digests what lies in the image again.
-
-        Args:
-            positions: of the chunks, as `chunks_of` lists them; None means all.
 
         Raises:
             SaveFailed: memory is no longer what was put there.
         """
-        chunks = chunks_of(self.layout, self.chunk_bytes)
-        asked = np.arange(len(chunks.start)) if positions is None else positions
+        slots = self.layout.slots
         found = _C.digest_ranges(
-            self.image, chunks.start[asked].tolist(), chunks.length[asked].tolist(), self.chunk_bytes
+            self.image, [slot.offset for slot in slots], [slot.nbytes for slot in slots], self.chunk_bytes
         )
-        expected = np.frombuffer(self.digests, np.uint64).reshape(-1, 2)[asked]
-        wrong = (np.frombuffer(found, np.uint64).reshape(-1, 2) != expected).any(axis=1)
-        if wrong.any():
-            chunk = asked[int(np.argmax(wrong))]
-            spec = self.layout.slots[chunks.slot[chunk]].item.spec
-            start = int(chunks.start[chunk])
-            raise SaveFailed(
-                f"staging memory changed since it was filled: {int(wrong.sum())} chunks, the first of {spec.fqn!r} at "
-                f"bytes [{start}, {start + int(chunks.length[chunk])}) of the image; nothing of it is committed. "
-                f"Suspect this machine's memory, or code that writes where it should not"
-            )
+        if found == self.digests:
+            return
+        start = 0
+        for slot in slots:
+            stop = start + digest_length(slot.nbytes, self.chunk_bytes)
+            if found[start:stop] != self.digests[start:stop]:
+                raise SaveFailed(
+                    f"staging memory that holds {slot.item.spec.fqn!r} changed since it was filled, so this save is "
+                    f"given up; suspect the memory of this machine, or code that writes where it should not"
+                )
+            start = stop
