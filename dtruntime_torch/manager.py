@@ -11,6 +11,7 @@ from torch.distributed.distributed_c10d import ProcessGroup, Store
 
 from dtruntime_torch.checkpoint import catalog, restore
 from dtruntime_torch.checkpoint.arguments import check_step
+from dtruntime_torch.checkpoint.delta import DeltaPolicy
 from dtruntime_torch.checkpoint.handle import SaveHandle
 from dtruntime_torch.checkpoint.info import CheckpointInfo
 from dtruntime_torch.checkpoint.lineage import Lineage
@@ -22,6 +23,7 @@ from dtruntime_torch.checkpoint.save import Saver
 from dtruntime_torch.checkpoint.verify import VerifyReport, find_commit, verify
 from dtruntime_torch.errors import CorruptCheckpoint, DTRuntimeError, InvalidArgument
 from dtruntime_torch.membership import join
+from dtruntime_torch.retry import RetryPolicy
 from dtruntime_torch.storage import StorageBackend, backend_for, run_sync
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,10 @@ class CheckpointManager:
     Args:
         storage: a local folder, or a storage backend. Nothing is made there before the first save.
         name: what the checkpoints are called, `[A-Za-z0-9._-]{1,100}` without a leading dot.
+        delta: True saves only the chunks that changed since the last committed save of this manager, and everything
+            now and then, as `DeltaPolicy` says; give one to choose. The first save after a load is full.
+        retry: how often a save is tried that storage failed, with which pauses; a later save and `close` wait for the
+            pauses too. None: a failed save is not tried again.
         chunk_bytes: bytes of a chunk, of which each has a digest.
         keep_last_n: how many of the newest checkpoints stay, at least; None keeps all. What no argument keeps is
             deleted after each save, but for files that a kept one needs.
@@ -63,6 +69,8 @@ class CheckpointManager:
         storage: str | os.PathLike[str] | StorageBackend,
         name: str = "model",
         *,
+        delta: bool | DeltaPolicy = False,
+        retry: RetryPolicy | None = None,
         chunk_bytes: int = 1 << 20,
         keep_last_n: int | None = 3,
         keep_every_n_steps: int | None = None,
@@ -82,7 +90,12 @@ class CheckpointManager:
         self._backend = backend_for(storage)
         self._members = join(process_group, store, timeout)
         self._lineage = Lineage()
-        self._saver = Saver(self._backend, name, self._members, self._lineage, chunk_bytes, policy)
+        if not isinstance(delta, (bool, DeltaPolicy)):
+            raise InvalidArgument(f"delta is {delta!r}; give True, False or a DeltaPolicy")
+        deltas = (DeltaPolicy() if delta else None) if isinstance(delta, bool) else delta
+        self._saver = Saver(
+            self._backend, name, self._members, self._lineage, chunk_bytes, policy, deltas, retry
+        )
         self._loads = 0
         self._closed = False
         self._process = os.getpid()

@@ -22,17 +22,18 @@ BINDINGS = ROOT / "csrc" / "bindings"
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "_C _version checkpoint checkpoint.format checkpoint.state errors",
-        "checkpoint.dtypes checkpoint.names",
+        "checkpoint.dtypes checkpoint.names retry",
         "checkpoint.specs",
     ),
     ("build op_checks storage storage.*", "ops"),
     (
-        "checkpoint.copy_plan checkpoint.layout checkpoint.lineage checkpoint.objects checkpoint.save_plan testing testing.*",
+        "checkpoint.copy_plan checkpoint.layout checkpoint.objects checkpoint.save_plan testing testing.*",
         "checkpoint.format.records checkpoint.format.strict_json",
-        "checkpoint.arguments checkpoint.format.checks checkpoint.load_plan checkpoint.format.part_json checkpoint.read_requests checkpoint.retention",
-        "checkpoint.format.manifest_json",
+        "checkpoint.arguments checkpoint.delta checkpoint.format.checks checkpoint.load_plan checkpoint.format.part_json checkpoint.read_requests checkpoint.retention",
+        "checkpoint.format.manifest_json checkpoint.lineage",
         "checkpoint.manifest",
         "checkpoint.info",
+        "checkpoint.messages",
     ),
     (
         "checkpoint.catalog checkpoint.chunk_reader checkpoint.handle checkpoint.locks store",
@@ -50,7 +51,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "checkpoint.cleaning checkpoint.stager",
         "checkpoint.staging",
     ),
-    ("checkpoint.publish checkpoint.restore", "checkpoint.save"),
+    ("checkpoint.restore checkpoint.snapshot", "checkpoint.publish", "checkpoint.save"),
     ("manager rng sampler", "writer"),
     ("cli cli.* gpucheck gpucheck.* hook",),
 )
