@@ -31,7 +31,7 @@ def check_equal(loaded: object, step: int) -> None:
 
 def check_sound(backend: StorageBackend) -> list[int]:
     """Checks everything that is committed; returns the steps, oldest first."""
-    with dt.CheckpointManager(backend) as manager:
+    with dt.CheckpointManager(backend, keep_last_n=None) as manager:
         infos = manager.list()
         for info in infos:
             assert run_sync(verify(backend, info.name, info.key)).ok

@@ -19,7 +19,7 @@ from tests.checkpoint.sound import CHUNK, check_equal, check_sound, state_of
 
 
 def manager_on(backend: LocalBackend) -> dt.CheckpointManager:
-    return dt.CheckpointManager(backend, chunk_bytes=CHUNK)
+    return dt.CheckpointManager(backend, chunk_bytes=CHUNK, keep_last_n=None)
 
 
 def disk_with_two(top: Path) -> tuple[UnsyncedDisk, LocalBackend]:

@@ -15,58 +15,15 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Hashable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dtruntime_torch.errors import AlreadyExists, DTRuntimeError, NotFound, StorageError
-from dtruntime_torch.storage import MemoryBackend
-from dtruntime_torch.storage.arguments import as_views
-from dtruntime_torch.storage.backend import Data, Entry
+from dtruntime_torch.errors import DTRuntimeError, StorageError
 from tests.checkpoint.walk_frames import fingerprint
+from tests.checkpoint.walk_storage import Answer, Call, Disk, Files, Scheduled, do
 
-Answer = Any  # what a call returned, or the class of what it raised
 Coro = Coroutine["Call", Answer, None]
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    operation: str
-    path: str
-    data: bytes = b""
-
-    def __await__(self) -> Generator[Call, Answer, Answer]:
-        return (yield self)
-
-
-class Scheduled:
-    """A storage each of whose calls suspends its process until the walk answers it."""
-
-    settle_seconds = 0.0
-
-    async def write(self, path: str, data: Data) -> None:
-        await Call("write", path, b"".join(as_views(data)))
-
-    async def create(self, path: str, data: Data) -> None:
-        await Call("create", path, b"".join(as_views(data)))
-
-    async def read(self, path: str) -> bytes:
-        return await Call("read", path)
-
-    async def size(self, path: str) -> int:
-        return await Call("size", path)
-
-    async def list(self, prefix: str, delimiter: str | None = None) -> list[Entry]:
-        return list(await Call("list", prefix, (delimiter or "").encode()))
-
-    async def delete(self, path: str) -> None:
-        await Call("delete", path)
-
-    async def unfinished(self, prefix: str) -> list[Entry]:
-        return []
-
-    async def discard_unfinished(self, prefix: str) -> int:
-        return 0
 
 
 @dataclass
@@ -86,6 +43,16 @@ Job = Callable[[Scheduled, Memory], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
+class Told:
+    """What the invariants need of a process, as in `Memory`."""
+
+    reported: frozenset[str]
+    failed: frozenset[str]
+    taken: frozenset[str]
+    kinds: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Local:
     """A process at a storage call, or at its end: `call` is None then."""
 
@@ -93,23 +60,11 @@ class Local:
     memory: Memory  # as it was when the job began
     answers: tuple[Answer, ...]  # in this job, so far: one history of those that lead here
     call: Call | None
-    reported: frozenset[str]
-    failed: frozenset[str]
-    taken: frozenset[str]
-    kinds: frozenset[str]
+    told: Told
     lost: int  # how many answers may still be lost
 
 
-Files = frozenset[tuple[str, bytes]]
 State = tuple[int, ...]  # the number of the disk, then of each process's Local
-
-
-@dataclass(frozen=True, slots=True)
-class Disk:
-    """What lies on storage, and creates that were given up and may still be done."""
-
-    files: Files = frozenset()
-    late: frozenset[Call] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +114,12 @@ class Walk:
         self._locals = Numbers()
         self._advanced: dict[tuple[int, int, Hashable], int] = {}
         self._done: dict[tuple[int, Call, bool], list[tuple[int, Answer, int]]] = {}
+        self._moved: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        self._lates: dict[int, list[int]] = {}
         self._judged: dict[int, Judged] = {}
+        self._told = Numbers()
+        self._told_of: list[int] = []  # by the number of the Local
+        self._violations: dict[tuple[int, ...], str | None] = {}
         self._lost = lost
         self.states = 0
         self.path: list[str] = []  # the calls that led to the violation
@@ -223,27 +183,27 @@ class Walk:
 
     def next(self, state: State) -> Iterator[tuple[int, State]]:
         """What one call of any process leads to, with the process; -1 is a create that comes late."""
-        disk = self._disks.values[state[0]]
-        for call in disk.late:
-            files = do(disk.files, call)[0]
-            yield -1, (self._disk(files, disk.late - {call}), *state[1:])
-        for i in range(len(self._jobs)):
-            process = self._locals.values[state[i + 1]]
-            if process.call is None:
-                continue
-            for number, answer, lost in self._outcomes(state[0], process.call, process.lost > 0):
-                local = self._advance(i, state[i + 1], answer, lost)
-                yield i, (number, *state[1 : i + 1], local, *state[i + 2 :])
+        for disk in self._late(state[0]):
+            yield -1, (disk, *state[1:])
+        for i in range(1, len(state)):
+            for disk, local in self._moves(i - 1, state[0], state[i]):
+                yield i - 1, (disk, *state[1:i], local, *state[i + 1 :])
 
     def violation(self, before: State, now: State) -> str | None:
         """Which of the invariants a call broke."""
-        judged = self._look(now[0])
+        key = (bool(self._look(before[0]).live), now[0], *(self._told_of[number] for number in now[1:]))
+        if key not in self._violations:
+            self._violations[key] = self._broken(*key)
+        return self._violations[key]
+
+    def _broken(self, was_live: bool, disk: int, *told: int) -> str | None:
+        judged = self._look(disk)
         if judged.broken:
             return judged.broken
-        if self._look(before[0]).live and not judged.live:
+        if was_live and not judged.live:
             return "I2: nothing is committed any more"
-        processes = [self._locals.values[number] for number in now[1:]]
-        taken = frozenset().union(*(p.taken for p in processes))
+        processes: list[Told] = [self._told.values[number] for number in told]
+        taken = frozenset[str]().union(*(process.taken for process in processes))
         for process in processes:
             lost = process.reported - taken - judged.live
             if lost:
@@ -253,11 +213,33 @@ class Walk:
             self.kinds |= process.kinds
         return None
 
-    def _outcomes(self, disk: int, call: Call, may_lose: bool) -> list[tuple[int, Answer, int]]:
+    def _late(self, disk: int) -> list[int]:
+        """The disks that creates which come late lead to."""
+        if disk not in self._lates:
+            value: Disk = self._disks.values[disk]
+            self._lates[disk] = [
+                self._disk(do(value.files, call)[0], value.late - {call}) for call in value.late
+            ]
+        return self._lates[disk]
+
+    def _moves(self, i: int, disk: int, local: int) -> list[tuple[int, int]]:
+        """How the next call of a process may end: the disk and the process then."""
+        key = (disk, local)
+        if key not in self._moved:
+            process: Local = self._locals.values[local]
+            self._moved[key] = [
+                (number, self._advance(i, local, answer, lost))
+                for number, answer, lost in self._outcomes(disk, process)
+            ]
+        return self._moved[key]
+
+    def _outcomes(self, disk: int, process: Local) -> list[tuple[int, Answer, int]]:
         """How a call may end: the disk then, its answer, and how many answers were lost."""
-        key = (disk, call, may_lose)
+        if process.call is None:
+            return []
+        key = (disk, process.call, process.lost > 0)
         if key not in self._done:
-            self._done[key] = list(self._ways(self._disks.values[disk], call, may_lose))
+            self._done[key] = list(self._ways(self._disks.values[disk], process.call, process.lost > 0))
         return self._done[key]
 
     def _ways(self, disk: Disk, call: Call, may_lose: bool) -> Iterator[tuple[int, Answer, int]]:
@@ -286,13 +268,13 @@ class Walk:
         return self._advanced[key]
 
     def _begin(self, i: int, job: int, memory: Memory, lost: int) -> int:
-        start = Local(job, memory, (), None, *_told(memory), lost)
+        start = Local(job, memory, (), None, _told(memory), lost)
         return self._run(i, start, (), lost)
 
     def _run(self, i: int, at: Local, answers: tuple[Answer, ...], lost: int) -> int:
         """Runs a job again with its answers up to its next call, or goes on with the next job."""
         if at.job == len(self._jobs[i]):
-            return self._locals.of(("ended", i, fingerprint(at.memory), lost), at)
+            return self._number(("ended", i, fingerprint(at.memory), lost), at)
         memory = copy.deepcopy(at.memory)
         coroutine: Coro = self._jobs[i][at.job](Scheduled(), memory)  # type: ignore[assignment]
         try:
@@ -308,9 +290,14 @@ class Walk:
             memory.kinds |= {type(error).__name__}
             return self._begin(i, len(self._jobs[i]), memory, lost)
         state = fingerprint((coroutine, memory)) if self._merge else (fingerprint(at.memory), answers)
-        local = Local(at.job, at.memory, answers, call, *_told(memory), lost)
-        number = self._locals.of((i, at.job, call, state, lost), local)
+        local = Local(at.job, at.memory, answers, call, _told(memory), lost)
         coroutine.close()
+        return self._number((i, at.job, call, state, lost), local)
+
+    def _number(self, key: Hashable, local: Local) -> int:
+        number = self._locals.of(key, local)
+        if number == len(self._told_of):
+            self._told_of.append(self._told.of(local.told, local.told))
         return number
 
     def _describe(self, state: State, i: int) -> str:
@@ -328,42 +315,5 @@ class Walk:
         return calls[::-1]
 
 
-def _told(memory: Memory) -> tuple[frozenset[str], ...]:
-    return memory.reported, memory.failed, memory.taken, memory.kinds
-
-
-def do(files: Files, call: Call) -> tuple[Files, Answer]:
-    """Does a call on a storage that holds these files."""
-    backend = MemoryBackend()
-    for path, data in sorted(files):
-        at_once(backend.write(path, data))
-    try:
-        answer = at_once(_perform(backend, call))
-    except (AlreadyExists, NotFound) as error:
-        return files, type(error)
-    if call.operation in ("read", "list", "size"):
-        return files, answer
-    listed = at_once(backend.list(""))
-    return frozenset((entry.path, bytes(at_once(backend.read(entry.path)))) for entry in listed), None
-
-
-async def _perform(backend: MemoryBackend, call: Call) -> Answer:
-    if call.operation == "list":
-        found = await backend.list(call.path, call.data.decode() or None)
-        return tuple(Entry(entry.path, entry.size, 0.0) for entry in found)
-    if call.operation == "read":
-        return bytes(await backend.read(call.path))
-    if call.operation == "size":
-        return await backend.size(call.path)
-    if call.operation == "delete":
-        return await backend.delete(call.path)
-    return await getattr(backend, call.operation)(call.path, call.data)
-
-
-def at_once(coroutine: Coroutine[object, object, Any]) -> Any:
-    """Runs a coroutine that never has to wait."""
-    try:
-        coroutine.send(None)
-    except StopIteration as stopped:
-        return stopped.value
-    raise AssertionError("it waits")
+def _told(memory: Memory) -> Told:
+    return Told(memory.reported, memory.failed, memory.taken, memory.kinds)

@@ -42,7 +42,7 @@ class _Freeze:
         self._kept: list[object] = []  # so that no id is used twice
 
     def of(self, value: object) -> Hashable:
-        if isinstance(value, _PLAIN) or isinstance(value, Enum):
+        if isinstance(value, (*_PLAIN, Enum)):
             return (type(value), value)
         if isinstance(value, _BUILTIN):
             return (type(value), value.__qualname__, self.of(getattr(value, "__self__", None)))
