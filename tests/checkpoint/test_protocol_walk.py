@@ -20,6 +20,7 @@ from tests.checkpoint.commits import NAME
 from tests.checkpoint.walk import Job, Walk
 from tests.checkpoint.walk_code import WITHOUT, Code, load_code
 from tests.checkpoint.walk_jobs import judge, prune, save, state_of
+from tests.checkpoint.walk_sample import Sample
 from tests.checkpoint.walk_storage import at_once
 
 LIMIT = 1_000_000
@@ -75,6 +76,7 @@ EVERYTHING = [
     ("a delta on what another saved", 2, 1_000),
     ("a delta on each side", 1, 10_000),
     ("a prune beside a delta", 1, 100_000),
+    ("a manager beside a delta", 0, 10_000),
 ]
 
 
@@ -88,9 +90,12 @@ def test_nothing_is_lost_in_any_interleaving(name, lost, at_least, monkeypatch):
 
 
 def test_nothing_is_lost_in_a_sample_of_three_incarnations(monkeypatch):
-    walk = Walk(runs_of(load_code(monkeypatch, {}))["three"], judge, lost=2)
-    assert walk.sample(runs=300, seed=20260101) is None, "\n".join(walk.path)
-    assert walk.kinds >= {"committed", "lost", "stale"}
+    sample = Sample(runs_of(load_code(monkeypatch, {}))["three"], judge, lost=2, seed=20260101)
+    for _ in range(400):
+        found, disk = sample.run()
+        assert found is None, "\n".join(sample.path)
+        check_loads(dict(disk.files))
+    assert sample.kinds >= {"committed", "lost", "stale", "CommitConflict"}
 
 
 # Of each rule a run that needs it, and how many answers are lost there.

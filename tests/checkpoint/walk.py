@@ -14,14 +14,13 @@ every call:
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dtruntime_torch.errors import DTRuntimeError, StorageError
+from dtruntime_torch.errors import DTRuntimeError
 from tests.checkpoint.walk_frames import fingerprint
-from tests.checkpoint.walk_storage import Answer, Call, Disk, Files, Scheduled, do
+from tests.checkpoint.walk_storage import Answer, Call, Disk, Scheduled, come_late, ways
 
 Coro = Coroutine["Call", Answer, None]
 
@@ -37,6 +36,11 @@ class Memory:
     retains: bool = False  # retention is at work
     kinds: frozenset[str] = frozenset()  # how its saves ended
     keep: dict[str, Any] = field(default_factory=dict)
+
+    def notice(self, call: Call) -> None:
+        """A call that takes a commit away is retention's, while that is at work."""
+        if self.retains and call.operation in ("write", "delete") and "/commits/" in call.path:
+            self.taken |= {call.path}
 
 
 Job = Callable[[Scheduled, Memory], Awaitable[None]]
@@ -145,33 +149,6 @@ class Walk:
         self.states = len(came)
         return None
 
-    def sample(self, runs: int, seed: int) -> str | None:
-        """Random interleavings, some of whose processes stop for ever; returns the first violation, or None."""
-        chance = random.Random(seed)
-        for _ in range(runs):
-            state, calls = self.start(), []
-            stop_at = [chance.choice([None, chance.randrange(80)]) for _ in self._jobs]
-            done = [0] * len(self._jobs)
-            while True:
-                choices = [
-                    (i, reached)
-                    for i, reached in self.next(state)
-                    if i < 0 or stop_at[i] is None or done[i] < stop_at[i]  # type: ignore[operator]
-                ]
-                if not choices:
-                    break
-                who = chance.choice(sorted({i for i, _ in choices}))
-                i, reached = chance.choice([choice for choice in choices if choice[0] == who])
-                calls.append(self._describe(state, i))
-                found = self.violation(state, reached)
-                if found:
-                    self.path = calls
-                    return found
-                done[i] += i >= 0
-                state = reached
-                self.states += 1
-        return None
-
     def ends(self) -> Iterator[dict[str, bytes]]:
         """The disks that were seen, each once."""
         for disk in self._disks.values:
@@ -197,29 +174,16 @@ class Walk:
         return self._violations[key]
 
     def _broken(self, was_live: bool, disk: int, *told: int) -> str | None:
-        judged = self._look(disk)
-        if judged.broken:
-            return judged.broken
-        if was_live and not judged.live:
-            return "I2: nothing is committed any more"
         processes: list[Told] = [self._told.values[number] for number in told]
-        taken = frozenset[str]().union(*(process.taken for process in processes))
         for process in processes:
-            lost = process.reported - taken - judged.live
-            if lost:
-                return f"I3: {sorted(lost)} reported success and is gone"
-            if process.failed & judged.attempts:
-                return f"I3: {sorted(process.failed & judged.attempts)} reported failure and is committed"
             self.kinds |= process.kinds
-        return None
+        return broken(was_live, self._look(disk), processes)
 
     def _late(self, disk: int) -> list[int]:
         """The disks that creates which come late lead to."""
         if disk not in self._lates:
             value: Disk = self._disks.values[disk]
-            self._lates[disk] = [
-                self._disk(do(value.files, call)[0], value.late - {call}) for call in value.late
-            ]
+            self._lates[disk] = [self._disks.of(then, then) for then in come_late(value)]
         return self._lates[disk]
 
     def _moves(self, i: int, disk: int, local: int) -> list[tuple[int, int]]:
@@ -239,21 +203,9 @@ class Walk:
             return []
         key = (disk, process.call, process.lost > 0)
         if key not in self._done:
-            self._done[key] = list(self._ways(self._disks.values[disk], process.call, process.lost > 0))
+            found = ways(self._disks.values[disk], process.call, process.lost > 0)
+            self._done[key] = [(self._disks.of(then, then), answer, lost) for then, answer, lost in found]
         return self._done[key]
-
-    def _ways(self, disk: Disk, call: Call, may_lose: bool) -> Iterator[tuple[int, Answer, int]]:
-        files, answer = do(disk.files, call)
-        yield self._disk(files, disk.late), answer, 0
-        if call.operation == "create" and may_lose:
-            yield self._disk(disk.files, disk.late), StorageError, 1
-            yield self._disk(disk.files, disk.late | {call}), StorageError, 1
-            if files != disk.files:
-                yield self._disk(files, disk.late), StorageError, 1
-
-    def _disk(self, files: Files, late: frozenset[Call]) -> int:
-        disk = Disk(files, late)
-        return self._disks.of(disk, disk)
 
     def _look(self, disk: int) -> Judged:
         if disk not in self._judged:
@@ -268,7 +220,7 @@ class Walk:
         return self._advanced[key]
 
     def _begin(self, i: int, job: int, memory: Memory, lost: int) -> int:
-        start = Local(job, memory, (), None, _told(memory), lost)
+        start = Local(job, memory, (), None, told_by(memory), lost)
         return self._run(i, start, (), lost)
 
     def _run(self, i: int, at: Local, answers: tuple[Answer, ...], lost: int) -> int:
@@ -280,8 +232,7 @@ class Walk:
         try:
             call = coroutine.send(None)
             for answer in answers:
-                if call.operation in ("write", "delete") and "/commits/" in call.path and memory.retains:
-                    memory.taken |= {call.path}
+                memory.notice(call)
                 failed = isinstance(answer, type)
                 call = coroutine.throw(answer("as answered")) if failed else coroutine.send(answer)
         except StopIteration:
@@ -290,7 +241,7 @@ class Walk:
             memory.kinds |= {type(error).__name__}
             return self._begin(i, len(self._jobs[i]), memory, lost)
         state = fingerprint((coroutine, memory)) if self._merge else (fingerprint(at.memory), answers)
-        local = Local(at.job, at.memory, answers, call, _told(memory), lost)
+        local = Local(at.job, at.memory, answers, call, told_by(memory), lost)
         coroutine.close()
         return self._number((i, at.job, call, state, lost), local)
 
@@ -315,5 +266,21 @@ class Walk:
         return calls[::-1]
 
 
-def _told(memory: Memory) -> Told:
+def broken(was_live: bool, disk: Judged, processes: Sequence[Told]) -> str | None:
+    """Which of the invariants does not hold, of a disk that had something committed before or not."""
+    if disk.broken:
+        return disk.broken
+    if was_live and not disk.live:
+        return "I2: nothing is committed any more"
+    taken = frozenset[str]().union(*(process.taken for process in processes))
+    for process in processes:
+        lost = process.reported - taken - disk.live
+        if lost:
+            return f"I3: {sorted(lost)} reported success and is gone"
+        if process.failed & disk.attempts:
+            return f"I3: {sorted(process.failed & disk.attempts)} reported failure and is committed"
+    return None
+
+
+def told_by(memory: Memory) -> Told:
     return Told(memory.reported, memory.failed, memory.taken, memory.kinds)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Generator
+from collections.abc import Coroutine, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from dtruntime_torch.errors import AlreadyExists, NotFound
+from dtruntime_torch.errors import AlreadyExists, NotFound, StorageError
 from dtruntime_torch.storage import MemoryBackend
 from dtruntime_torch.storage.arguments import as_views
 from dtruntime_torch.storage.backend import Data, Entry
@@ -63,6 +63,22 @@ class Disk:
 
     files: Files = frozenset()
     late: frozenset[Call] = frozenset()
+
+
+def ways(disk: Disk, call: Call, may_lose: bool) -> Iterator[tuple[Disk, Answer, int]]:
+    """How a call may end: the disk then, the answer, and how many answers were lost."""
+    files, answer = do(disk.files, call)
+    yield Disk(files, disk.late), answer, 0
+    if call.operation == "create" and may_lose:
+        yield disk, StorageError, 1
+        yield Disk(disk.files, disk.late | {call}), StorageError, 1
+        if files != disk.files:
+            yield Disk(files, disk.late), StorageError, 1
+
+
+def come_late(disk: Disk) -> list[Disk]:
+    """What creates that were given up lead to if they are done after all, one of them each time."""
+    return [Disk(do(disk.files, call)[0], disk.late - {call}) for call in disk.late]
 
 
 def do(files: Files, call: Call) -> tuple[Files, Answer]:
