@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from dtruntime_torch.checkpoint.flatten import PerRank
     from dtruntime_torch.checkpoint.handle import SaveHandle, SaveMetrics
     from dtruntime_torch.checkpoint.info import CheckpointInfo
+    from dtruntime_torch.checkpoint.prune_plan import PruneReport
+    from dtruntime_torch.checkpoint.retention import KeepBest, RetentionPolicy
     from dtruntime_torch.checkpoint.verify import VerifyReport
     from dtruntime_torch.hook import CheckpointHook
     from dtruntime_torch.manager import CheckpointManager
@@ -36,9 +38,12 @@ _HOMES = {
     "CheckpointWriter": "dtruntime_torch.writer",
     "DeltaPolicy": "dtruntime_torch.checkpoint.delta",
     "ElasticDistributedSampler": "dtruntime_torch.sampler",
+    "KeepBest": "dtruntime_torch.checkpoint.retention",
     "LocalBackend": "dtruntime_torch.storage",
     "MemoryBackend": "dtruntime_torch.storage",
     "PerRank": "dtruntime_torch.checkpoint.flatten",
+    "PruneReport": "dtruntime_torch.checkpoint.prune_plan",
+    "RetentionPolicy": "dtruntime_torch.checkpoint.retention",
     "RetryPolicy": "dtruntime_torch.retry",
     "SaveHandle": "dtruntime_torch.checkpoint.handle",
     "SaveMetrics": "dtruntime_torch.checkpoint.handle",
@@ -54,9 +59,12 @@ __all__ = [
     "CheckpointWriter",
     "DeltaPolicy",
     "ElasticDistributedSampler",
+    "KeepBest",
     "LocalBackend",
     "MemoryBackend",
     "PerRank",
+    "PruneReport",
+    "RetentionPolicy",
     "RetryPolicy",
     "SaveHandle",
     "SaveMetrics",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from types import TracebackType
 
 from torch.distributed.distributed_c10d import ProcessGroup, Store
@@ -16,6 +17,8 @@ from dtruntime_torch.checkpoint.info import CheckpointInfo
 from dtruntime_torch.checkpoint.lineage import Lineage
 from dtruntime_torch.checkpoint.names import CommitKey, check_name
 from dtruntime_torch.checkpoint.objects import Json
+from dtruntime_torch.checkpoint.prune_plan import PruneReport
+from dtruntime_torch.checkpoint.retention import KeepBest, RetentionPolicy
 from dtruntime_torch.checkpoint.save import Saver
 from dtruntime_torch.checkpoint.verify import VerifyReport, find_commit, verify
 from dtruntime_torch.errors import CorruptCheckpoint, DTRuntimeError, InvalidArgument
@@ -40,6 +43,11 @@ class CheckpointManager:
         retry: how often a save is tried that storage failed, with which pauses; a later save and `close` wait for the
             pauses too. None: a failed save is not tried again.
         chunk_bytes: bytes of a chunk, of which each has a digest.
+        keep_last_n: how many of the newest checkpoints stay, at least; None keeps all. What no argument keeps is
+            deleted after each save, but for files that a kept one needs.
+        keep_every_n_steps: those whose step is a multiple of this stay, too.
+        keep_best: those with the best values of a metric stay, too; see `KeepBest`.
+        pinned_steps: these steps stay, too.
         timeout: seconds after which a wait for other ranks is given up, with an error that names them.
         process_group: the ranks that save together; None for all, or for this process alone where
             torch.distributed is not initialised.
@@ -64,6 +72,10 @@ class CheckpointManager:
         delta: bool | DeltaPolicy = False,
         retry: RetryPolicy | None = None,
         chunk_bytes: int = 1 << 20,
+        keep_last_n: int | None = 3,
+        keep_every_n_steps: int | None = None,
+        keep_best: KeepBest | None = None,
+        pinned_steps: Iterable[int] = (),
         timeout: float = 600.0,
         process_group: ProcessGroup | None = None,
         store: Store | None = None,
@@ -73,15 +85,16 @@ class CheckpointManager:
             raise InvalidArgument(f"chunk_bytes is {chunk_bytes}; choose from 4096 to {1 << 30}")
         if not timeout > 0:
             raise InvalidArgument(f"timeout is {timeout}; it is a positive number of seconds")
+        policy = RetentionPolicy(keep_last_n, keep_every_n_steps, keep_best, frozenset(pinned_steps))
         self.name = name
         self._backend = backend_for(storage)
         self._members = join(process_group, store, timeout)
         self._lineage = Lineage()
         if not isinstance(delta, (bool, DeltaPolicy)):
             raise InvalidArgument(f"delta is {delta!r}; give True, False or a DeltaPolicy")
-        policy = (DeltaPolicy() if delta else None) if isinstance(delta, bool) else delta
+        deltas = (DeltaPolicy() if delta else None) if isinstance(delta, bool) else delta
         self._saver = Saver(
-            self._backend, name, self._members, self._lineage, chunk_bytes, delta=policy, retry=retry
+            self._backend, name, self._members, self._lineage, chunk_bytes, policy, deltas, retry
         )
         self._loads = 0
         self._closed = False
@@ -188,6 +201,26 @@ class CheckpointManager:
     def list(self) -> list[CheckpointInfo]:
         """Describes the checkpoints whose manifests are readable, oldest first; `verify` tells of the others."""
         return run_sync(_describe_all(self._backend, self.name))
+
+    def prune(self, dry_run: bool = False) -> PruneReport:
+        """Deletes on this process alone what is not to stay; call it on one rank.
+
+        What `keep_last_n` and the like do not keep has gone when a save ends, so this is for what was saved with
+        other arguments, and for what jobs left that died. It never deletes the newest checkpoint, and nothing at
+        all while a manifest cannot be understood. On a network file system it waits until other hosts see that
+        the commits are gone.
+
+        Args:
+            dry_run: delete nothing, only tell what would go.
+
+        Returns:
+            What went: `commits`, `attempts` and `nbytes`; and in `blocked` why something did not.
+
+        Raises:
+            StorageError: the storage failed; nothing was deleted.
+        """
+        self._check_open()
+        return self._saver.prune(dry_run)
 
     def verify(self, step: int | None = None) -> VerifyReport:
         """Reads every byte of a checkpoint on this process alone and checks it against its digests.

@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "checkpoint.copy_plan checkpoint.layout checkpoint.objects checkpoint.save_plan testing testing.*",
         "checkpoint.format.records checkpoint.format.strict_json",
-        "checkpoint.arguments checkpoint.delta checkpoint.format.checks checkpoint.load_plan checkpoint.format.part_json checkpoint.read_requests",
+        "checkpoint.arguments checkpoint.delta checkpoint.format.checks checkpoint.load_plan checkpoint.format.part_json checkpoint.read_requests checkpoint.retention",
         "checkpoint.format.manifest_json checkpoint.lineage",
         "checkpoint.manifest",
         "checkpoint.info",
@@ -37,8 +37,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "checkpoint.catalog checkpoint.chunk_reader checkpoint.handle checkpoint.locks store",
-        "barrier",
-        "checkpoint.groups membership",
+        "barrier checkpoint.look",
+        "checkpoint.groups checkpoint.stock membership",
         "checkpoint.state.fqns checkpoint.state.local_shard checkpoint.state.nest checkpoint.state.traverse",
         "checkpoint.state.stateful checkpoint.state.wanted",
         "checkpoint.flatten checkpoint.state.module_target checkpoint.state.optimizer_groups",
@@ -46,12 +46,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "checkpoint.targets",
     ),
     (
-        "checkpoint.commit checkpoint.contents checkpoint.device checkpoint.shard_file checkpoint.verify",
-        "checkpoint.device_copies checkpoint.sources",
-        "checkpoint.stager",
+        "checkpoint.commit checkpoint.contents checkpoint.device checkpoint.prune_plan checkpoint.shard_file checkpoint.verify",
+        "checkpoint.device_copies checkpoint.prune checkpoint.sources checkpoint.sweep",
+        "checkpoint.cleaning checkpoint.stager",
         "checkpoint.staging",
     ),
-    ("checkpoint.restore checkpoint.snapshot", "checkpoint.publish", "checkpoint.save"),
+    ("checkpoint.leader checkpoint.restore checkpoint.snapshot", "checkpoint.publish", "checkpoint.save"),
     ("manager rng sampler", "writer"),
     ("cli cli.* gpucheck gpucheck.* hook",),
 )

@@ -40,6 +40,10 @@ class Lineage:
         self.loaded, self.seen, self.parent = True, newest, loaded
         self.generation, self.last_step, self.base = None, -1, None
 
+    def deltas_with(self, full: bool) -> int:
+        """How many deltas there are since the last full save, one more counted that is `full` or not."""
+        return 0 if full or self.base is None else self.base.deltas + 1
+
     def base_of(self, layout: Layout) -> Base | None:
         """The base of an image with that layout; None if it has none and is to be saved in full."""
         base = self.base

@@ -27,7 +27,9 @@ from dtruntime_torch.checkpoint.layout import Layout, make_layout
 from dtruntime_torch.checkpoint.lineage import Lineage
 from dtruntime_torch.checkpoint.locks import held
 from dtruntime_torch.checkpoint.objects import Json
+from dtruntime_torch.checkpoint.prune_plan import PruneReport
 from dtruntime_torch.checkpoint.publish import Publisher
+from dtruntime_torch.checkpoint.retention import KEEP_ALL, RetentionPolicy
 from dtruntime_torch.checkpoint.save_plan import make_save_plan
 from dtruntime_torch.checkpoint.snapshot import Snapshot
 from dtruntime_torch.checkpoint.specs import FlatSpecs, SavePlan
@@ -59,6 +61,7 @@ class Saver:
         members: the ranks that save together.
         lineage: where this manager stands.
         chunk_bytes: bytes of a chunk.
+        policy: which checkpoints stay.
         delta: when to save in full; None: always.
         retry: how often a save that storage failed is tried; None: once.
     """
@@ -70,13 +73,14 @@ class Saver:
         members: Membership,
         lineage: Lineage,
         chunk_bytes: int,
+        policy: RetentionPolicy = KEEP_ALL,
         delta: DeltaPolicy | None = None,
         retry: RetryPolicy | None = None,
     ) -> None:
         self._members = members
         self._lineage = lineage
         self._chunk_bytes = chunk_bytes
-        self._publisher = Publisher(backend, name, members, lineage, delta, retry)
+        self._publisher = Publisher(backend, name, members, lineage, policy, delta, retry)
         self._stager = Stager(_C.Arena(0), chunk_bytes)
         self._structure: Structure | None = None
         self._sequence = 0
@@ -108,6 +112,12 @@ class Saver:
             self._handle = SaveHandle(snapshot.step, metrics, future)
             metrics.stall_seconds = time.perf_counter() - began
             return self._handle
+
+    def prune(self, dry_run: bool) -> PruneReport:
+        """Deletes what is not to stay, once the save that is under way has ended."""
+        with self._alone():
+            self.wait()
+            return self._publisher.prune(dry_run)
 
     def wait(self) -> None:
         """Waits for the save that is under way, whatever becomes of it.
@@ -190,9 +200,11 @@ class Saver:
         layout = structure.layout
         base = self._lineage.base_of(layout)
         delta = base is not None and not base.full_next
-        digests = stage(self._stager, layout, flat.tensors, self._members.barrier.timeout)
+        timeout = self._members.barrier.timeout
+        digests = stage(self._stager, layout, flat.tensors, timeout, only_changed=delta)
         metrics.staging_seconds = time.perf_counter() - began
-        metrics.staged_bytes = sum(slot.nbytes for slot in layout.slots)
+        if (staged := self._stager.last) is not None:
+            metrics.staged_bytes, metrics.skipped_chunks = staged.nbytes_copied, staged.chunks_skipped
         return Snapshot(
             key=key,
             step=step,
