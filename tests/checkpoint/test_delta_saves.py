@@ -111,7 +111,8 @@ def test_the_handle_says_what_changed_and_what_was_written():
         second = manager.save_async(state, 2)
         assert second.result().written == second.metrics.written_bytes == HEADER + CHUNK
     assert first.metrics.changed_bytes == 10 * CHUNK < first.metrics.written_bytes
-    assert second.metrics.changed_bytes == CHUNK
+    assert second.metrics.changed_bytes == second.metrics.staged_bytes == CHUNK
+    assert (first.metrics.skipped_chunks, second.metrics.skipped_chunks) == (0, 9)
 
 
 def test_a_save_of_what_did_not_change_writes_no_data():
