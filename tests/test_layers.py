@@ -47,8 +47,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "checkpoint.commit checkpoint.contents checkpoint.device checkpoint.prune_plan checkpoint.shard_file checkpoint.verify",
         "checkpoint.device_copies checkpoint.prune checkpoint.sources checkpoint.sweep",
-        "checkpoint.cleaning checkpoint.stager",
-        "checkpoint.staging",
+        "checkpoint.removals checkpoint.stager",
+        "checkpoint.cleaning checkpoint.staging",
     ),
     ("checkpoint.publish checkpoint.restore", "checkpoint.save"),
     ("manager rng sampler", "writer"),
