@@ -92,6 +92,8 @@ class CheckpointManager:
         self._lineage = Lineage()
         if not isinstance(delta, (bool, DeltaPolicy)):
             raise InvalidArgument(f"delta is {delta!r}; give True, False or a DeltaPolicy")
+        if not (retry is None or isinstance(retry, RetryPolicy)):
+            raise InvalidArgument(f"retry is {retry!r}; give a RetryPolicy or None")
         deltas = (DeltaPolicy() if delta else None) if isinstance(delta, bool) else delta
         self._saver = Saver(
             self._backend, name, self._members, self._lineage, chunk_bytes, policy, deltas, retry

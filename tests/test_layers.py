@@ -48,10 +48,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "checkpoint.commit checkpoint.contents checkpoint.device checkpoint.prune_plan checkpoint.shard_file checkpoint.verify",
         "checkpoint.device_copies checkpoint.prune checkpoint.sources checkpoint.sweep",
-        "checkpoint.cleaning checkpoint.stager",
-        "checkpoint.staging",
+        "checkpoint.removals checkpoint.stager",
+        "checkpoint.cleaning checkpoint.staging",
     ),
-    ("checkpoint.restore checkpoint.snapshot", "checkpoint.publish", "checkpoint.save"),
+    ("checkpoint.leader checkpoint.restore checkpoint.snapshot", "checkpoint.publish", "checkpoint.save"),
     ("manager rng sampler", "writer"),
     ("cli cli.* gpucheck gpucheck.* hook",),
 )

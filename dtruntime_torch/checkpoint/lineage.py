@@ -20,7 +20,7 @@ class Lineage:
         generation: claimed for this line, or None before its first save.
         parent: the last commit that this manager knows of.
         last_step: the highest step of this generation whose commit is decided or unknown.
-        base: what the next delta is against: this rank's part of `parent`, if this manager saved that one itself.
+        base: this rank's part of `parent`, against which the next delta is; None if this manager did not save that.
     """
 
     loaded: bool = False
@@ -40,12 +40,13 @@ class Lineage:
         self.loaded, self.seen, self.parent = True, newest, loaded
         self.generation, self.last_step, self.base = None, -1, None
 
+    def deltas_with(self, full: bool) -> int:
+        """How many deltas there are since the last full save, one more counted that is `full` or not."""
+        return 0 if full or self.base is None else self.base.deltas + 1
+
     def base_of(self, layout: Layout) -> Base | None:
         """The base of an image with that layout; None if it has none and is to be saved in full."""
-        base = self.base
-        if base is None or base.commit.key != self.parent or base.layout != layout:
-            return None
-        return base
+        return self.base if self.base is not None and self.base.layout == layout else None
 
     def check_step(self, step: int) -> None:
         """Refuses a step that does not rise.

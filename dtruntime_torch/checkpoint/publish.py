@@ -11,23 +11,18 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
-
-import torch
 
 from dtruntime_torch import errors
-from dtruntime_torch._version import __version__
-from dtruntime_torch.checkpoint import commit, shard_file
-from dtruntime_torch.checkpoint.cleaning import Cleaner
+from dtruntime_torch.checkpoint import shard_file
 from dtruntime_torch.checkpoint.delta import Base, Delta, DeltaPolicy, make_delta
 from dtruntime_torch.checkpoint.info import CheckpointInfo
+from dtruntime_torch.checkpoint.leader import Leader
 from dtruntime_torch.checkpoint.lineage import Lineage
-from dtruntime_torch.checkpoint.manifest import Commit, Manifest, Part
+from dtruntime_torch.checkpoint.manifest import Commit, Part
 from dtruntime_torch.checkpoint.messages import Answer, Arrival
-from dtruntime_torch.checkpoint.names import Attempt, CommitKey
+from dtruntime_torch.checkpoint.names import Attempt
 from dtruntime_torch.checkpoint.prune_plan import PruneReport
 from dtruntime_torch.checkpoint.retention import KEEP_ALL, RetentionPolicy
 from dtruntime_torch.checkpoint.snapshot import Snapshot
@@ -92,10 +87,9 @@ class Publisher:
         self._name = name
         self._members = members
         self._lineage = lineage
-        self._cleaner = Cleaner(backend, name, policy)
+        self._leader = Leader(backend, name, members, lineage, policy, delta)
         self._delta = delta
         self._retry = RetryPolicy(attempts=1) if retry is None else retry
-        self._tries: Counter[CommitKey] = Counter()
         self._leftovers: list[Attempt] = []
 
     def open(self, key: str, step: int) -> Attempt:
@@ -114,7 +108,7 @@ class Publisher:
         # A rank that waits elsewhere for this one learns from it that it waits in vain.
         barrier.begin(f"{key}/commit")
         attempt = Attempt(
-            **json.loads(barrier.announce(f"{key}/attempt", lambda: _encode(self._name_attempt(step))))
+            **json.loads(barrier.announce(f"{key}/attempt", lambda: _encode(self._leader.name_attempt(step))))
         )
         self._lineage.generation = attempt.generation
         return attempt
@@ -140,6 +134,10 @@ class Publisher:
         except StoreUnreachable as unheard:
             # What went wrong first is what the caller has to know.
             logger.warning("the other ranks could not be told that this one failed: %s", unheard)
+
+    def prune(self, dry_run: bool) -> PruneReport:
+        """As `Leader.prune`, on this process alone; while nothing is being saved."""
+        return self._leader.prune(dry_run)
 
     def publish(self, snapshot: Snapshot) -> CheckpointInfo:
         """Writes this rank's part and waits for the commit.
@@ -169,25 +167,6 @@ class Publisher:
             time.sleep(answer.delay)
             attempt, delta = answer.attempt, not answer.full
             key = f"{snapshot.key}/{attempt.number}"
-
-    def prune(self, dry_run: bool) -> PruneReport:
-        """Deletes what the policy does not keep, and what older generations left; while nothing is being saved."""
-        return run_sync(self._cleaner.prune(self._lineage.generation, dry_run))
-
-    def _name_attempt(self, step: int) -> Attempt:
-        """Claims a generation if there is none yet, and a folder that no other attempt has; on the leader."""
-        lineage, name = self._lineage, self._name
-        if lineage.generation is None:
-            lineage.generation = run_sync(
-                commit.claim_generation(
-                    self._backend, name, self._members.run_id, lineage.seen, lineage.loaded, step
-                )
-            )
-        else:
-            run_sync(commit.check_not_replaced(self._backend, name, lineage.generation))
-        key = CommitKey(lineage.generation, step)
-        self._tries[key] += 1
-        return Attempt(*key, self._tries[key])
 
     def _write(self, snapshot: Snapshot, attempt: Attempt, delta: bool) -> Try:
         """Makes this rank's part durable."""
@@ -242,7 +221,10 @@ class Publisher:
         """Arrives, and learns from the leader how this try went."""
 
         def act(values: Sequence[bytes]) -> bytes:
-            return self._decide(snapshot, tried, [Arrival.decode(value) for value in values], delays).encode()
+            arrivals = [Arrival.decode(value) for value in values]
+            return self._leader.decide(
+                tried.attempt, tried.delta, snapshot.metadata, arrivals, delays
+            ).encode()
 
         began = time.perf_counter()
         try:
@@ -262,90 +244,6 @@ class Publisher:
         finally:
             snapshot.metrics.commit_seconds += time.perf_counter() - began
 
-    def _decide(
-        self, snapshot: Snapshot, tried: Try, arrivals: Sequence[Arrival], delays: Iterator[float]
-    ) -> Answer:
-        """Commits if every rank made its part durable; on the leader, once all have arrived."""
-        attempt = tried.attempt
-        failures = [f"rank {rank}: {one.error}" for rank, one in enumerate(arrivals) if one.error]
-        if failures:
-            passing = all(one.passing for one in arrivals if one.error)
-            message = f"the save of step {attempt.step} was given up: {'; '.join(failures)}"
-            return self._after_abort(tried, message, delays if passing else iter(()))
-        if len({one.base for one in arrivals}) > 1:
-            return self._again(attempt, "the ranks do not know the same last checkpoint", delete=True)
-        base = self._lineage.base if arrivals[0].base is not None else None
-        manifest = self._manifest(snapshot, attempt, arrivals, base)
-        # Altogether less than the others wait for the answer.
-        share = self._share
-        patience = commit.Patience(seconds=min(60.0, share), call_seconds=min(30.0, share))
-        parent = None if base is None else base.commit
-        outcome = run_sync(commit.commit(self._backend, manifest, patience, parent))
-        if outcome.kind == "aborted":
-            return self._after_abort(tried, outcome.message, delays)
-        if outcome.kind == "stale":
-            self._give_up(attempt)
-            return self._again(attempt, outcome.message, delete=False)
-        if outcome.kind == "lost":
-            self._give_up(attempt)
-        if outcome.kind == "committed":
-            run_sync(self._cleaner.after_commit(attempt.key, outcome.answered, share))
-        info = CheckpointInfo.of(manifest, outcome.manifest_sha256)
-        return Answer(outcome.kind, outcome.message, info, self._is_full_next(manifest, arrivals))
-
-    def _manifest(
-        self, snapshot: Snapshot, attempt: Attempt, arrivals: Sequence[Arrival], base: Base | None
-    ) -> Manifest:
-        parts = tuple(one.part for one in arrivals if one.part is not None)
-        used = {path for one in arrivals for path in one.uses} - {attempt.path}
-        return Manifest(
-            name=self._name,
-            generation=attempt.generation,
-            step=attempt.step,
-            attempt=attempt.path,
-            run_id=self._members.run_id,
-            parent=self._lineage.parent,
-            world_size=self._members.world_size,
-            full=base is None,
-            uses=(attempt.path, *sorted(used)),
-            requires=(),
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            versions={"dtruntime_torch": __version__, "torch": str(torch.__version__)},
-            metadata=snapshot.metadata,
-            nbytes=sum(one.nbytes for one in arrivals),
-            written=sum(part.data_length for part in parts),
-            parts=parts,
-        )
-
-    def _is_full_next(self, manifest: Manifest, arrivals: Sequence[Arrival]) -> bool:
-        changed = sum(one.changed_bytes for one in arrivals)
-        files = max(one.files for one in arrivals)
-        deltas = self._deltas(manifest.full)
-        return self._delta is None or self._delta.asks_for_full(changed, manifest.nbytes, files, deltas)
-
-    def _deltas(self, full: bool) -> int:
-        """How many deltas there are since the last full save, with one more that is or is not full."""
-        base = self._lineage.base
-        return 0 if full or base is None else base.deltas + 1
-
-    def _after_abort(self, tried: Try, message: str, delays: Iterator[float]) -> Answer:
-        """Another try if the policy allows one. It is what the first was: a full disk would not take more."""
-        delay = next(delays, None)
-        if delay is None:
-            return Answer("aborted", message, delete=True)
-        return self._again(tried.attempt, message, delete=True, full=not tried.delta, delay=delay)
-
-    def _again(
-        self, attempt: Attempt, message: str, delete: bool, full: bool = True, delay: float = 0.0
-    ) -> Answer:
-        try:
-            following = self._name_attempt(attempt.step)
-        except CommitConflict as error:
-            return Answer("lost", str(error), delete=delete)
-        except Exception as error:
-            return Answer("aborted", f"{message}; nor could it be tried again: {error}", delete=delete)
-        return Answer("again", message, delete=delete, attempt=following, full=full, delay=delay)
-
     def _conclude(self, snapshot: Snapshot, tried: Try, answer: Answer) -> CheckpointInfo:
         if answer.kind == "aborted":
             raise SaveFailed(answer.message) from tried.failure
@@ -359,14 +257,9 @@ class Publisher:
         lineage.parent = info.key
         if self._delta is not None and tried.part is not None:
             there = Commit(info.name, *info.key, tried.attempt.path, info.sha256)
-            deltas = self._deltas(info.full)
+            deltas = lineage.deltas_with(info.full)
             lineage.base = Base(there, tried.part, snapshot.layout, deltas, answer.full_next)
         return info
-
-    def _give_up(self, attempt: Attempt) -> None:
-        """Deletes, on the leader, what can never be committed, unless a delta names it."""
-        self._cleaner.gave_up(attempt)
-        self._clean_up()
 
     def _give_back(self, attempt: Attempt) -> None:
         """Deletes this rank's files of an attempt that can never be committed."""
@@ -387,13 +280,8 @@ class Publisher:
                 logger.warning("files of %s are left over, to be deleted later: %s", attempt.path, error)
                 remaining.append(attempt)
         self._leftovers = remaining
-        if self._members.rank == 0 and self._lineage.generation is not None:
-            run_sync(self._cleaner.before_save(self._lineage.generation, self._share))
-
-    @property
-    def _share(self) -> float:
-        """Seconds for one of the things for which the others wait."""
-        return self._members.barrier.timeout / 4
+        if self._members.rank == 0:
+            self._leader.clean_up()
 
 
 def _encode(attempt: Attempt) -> bytes:

@@ -200,9 +200,11 @@ class Saver:
         layout = structure.layout
         base = self._lineage.base_of(layout)
         delta = base is not None and not base.full_next
-        digests = stage(self._stager, layout, flat.tensors, self._members.barrier.timeout)
+        timeout = self._members.barrier.timeout
+        digests = stage(self._stager, layout, flat.tensors, timeout, only_changed=delta)
         metrics.staging_seconds = time.perf_counter() - began
-        metrics.staged_bytes = sum(slot.nbytes for slot in layout.slots)
+        if (staged := self._stager.last) is not None:
+            metrics.staged_bytes, metrics.skipped_chunks = staged.nbytes_copied, staged.chunks_skipped
         return Snapshot(
             key=key,
             step=step,

@@ -93,6 +93,18 @@ def test_a_delta_says_what_it_wrote_and_whose_files_it_uses():
     assert [part.data_length for part in manifest.parts] == [second.written, 0]
 
 
+def test_a_delta_uses_what_any_rank_uses():
+    backend, states = MemoryBackend(), make_states(2)
+    ranks = delta_ranks(2, backend)
+    save_all(ranks, states, 1)
+    states[1]["own1"][-1] = 7
+    save_all(ranks, states, 2)
+    touch(states, 3)
+    save_all(ranks, states, 3)
+    assert set(read_manifest(backend, 3).uses) == {f"step-{step:08}/0001-1" for step in (1, 2, 3)}
+    check_step(backend, states, 3)
+
+
 def read_manifest(backend, step):
     async def read():
         return await catalog.read_manifest(
@@ -111,7 +123,8 @@ def test_the_handle_says_what_changed_and_what_was_written():
         second = manager.save_async(state, 2)
         assert second.result().written == second.metrics.written_bytes == HEADER + CHUNK
     assert first.metrics.changed_bytes == 10 * CHUNK < first.metrics.written_bytes
-    assert second.metrics.changed_bytes == CHUNK
+    assert second.metrics.changed_bytes == second.metrics.staged_bytes == CHUNK
+    assert (first.metrics.skipped_chunks, second.metrics.skipped_chunks) == (0, 9)
 
 
 def test_a_save_of_what_did_not_change_writes_no_data():
