@@ -81,12 +81,21 @@ EVERYTHING = [
 
 
 @pytest.mark.parametrize(("name", "lost", "at_least"), EVERYTHING, ids=[one[0] for one in EVERYTHING])
-def test_nothing_is_lost_in_any_interleaving(name, lost, at_least, monkeypatch):
+def test_nothing_is_lost_in_any_interleaving(name, lost, at_least, monkeypatch, caplog):
     walk = Walk(runs_of(load_code(monkeypatch, {}))[name], judge, lost)
     assert walk.everything(LIMIT) is None, "\n".join(walk.path)
     assert walk.states >= at_least
     for files in walk.ends():
         check_loads(files)
+    assert not caplog.records, "cleaning failed, and was not tried out"
+
+
+def test_cleaning_takes_what_is_not_kept(monkeypatch):
+    walk = Walk(runs_of(load_code(monkeypatch, {}))["one retains"], judge, lost=0)
+    assert walk.everything(LIMIT) is None
+    *_, files = walk.ends()
+    assert not [path for path in files if "step-00000001" in path]
+    assert judge(files).live == {"model/commits/0001-00000002.json"}
 
 
 def test_nothing_is_lost_in_a_sample_of_three_incarnations(monkeypatch):

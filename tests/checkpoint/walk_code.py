@@ -19,7 +19,7 @@ from tests.checkpoint.commits import NAME
 from tests.checkpoint.walk_storage import Scheduled
 
 # In the order in which they import each other.
-MODULES = ("commit", "look", "stock", "prune_plan", "prune", "sweep", "cleaning")
+MODULES = ("commit", "look", "stock", "prune_plan", "prune", "sweep", "removals", "cleaning")
 
 # Which lines hold a rule of commit_model.py, and what is there without it.
 WITHOUT: dict[str, dict[str, list[tuple[str, str]]]] = {
@@ -55,31 +55,19 @@ WITHOUT: dict[str, dict[str, list[tuple[str, str]]]] = {
         ]
     },
     "first": {
-        "cleaning": [
+        "removals": [
             (
-                "    async def _work_off(self, faults: list[str]) -> None:\n",
-                "    async def _work_off(self, faults: list[str]) -> None:\n        await self._look_early()\n",
+                "        await self._clear_all(faults)\n",
+                "        going = {r.commit.attempt if hasattr(r, 'commit') else r.attempt.path\n"
+                "                 for r in (p.removal for p in self.pending)}\n"
+                "        early = await look.needed(self._backend, self._name, self._manifests, going)\n"
+                "        await self._clear_all(faults)\n",
             ),
+            ("return await self._delete_all(faults)", "return await self._delete_all(faults, early)"),
+            ("def _delete_all(self, faults: list[str])", "def _delete_all(self, faults, needed)"),
             (
-                "        faults: list[str] = []\n        await self._clear_all(faults)\n",
-                "        faults: list[str] = []\n        await self._look_early()\n        await self._clear_all(faults)\n",
-            ),
-            (
-                "needed = await look.needed(self._backend, self._name, self._manifests)",
-                "needed = self._early",
-            ),
-            (
-                "    async def _clear_all(",
-                "    async def _look_early(self):\n"
-                "        going = {vars_of(p.removal) for p in self._pending}\n"
-                "        self._early = await look.needed(self._backend, self._name, self._manifests, going)\n\n"
-                "    async def _clear_all(",
-            ),
-            (
-                "def _say(",
-                "def vars_of(removal):\n"
-                "    return removal.commit.attempt if isinstance(removal, Prune) else removal.attempt.path\n\n\n"
-                "def _say(",
+                "            needed = await look.needed(self._backend, self._name, self._manifests)\n",
+                "            pass\n",
             ),
         ],
         "look": [
@@ -123,11 +111,10 @@ WITHOUT: dict[str, dict[str, list[tuple[str, str]]]] = {
         ]
     },
     "loser": {
-        "cleaning": [
+        "removals": [
             (
-                "victims = frozenset[str]().union(*(pending.removal.victims for pending in due)) - needed",
-                "victims = frozenset[str]().union(*(p.removal.victims - (set() if isinstance(p.removal, GivenUp) "
-                "else needed) for p in due))",
+                "*(pending.removal.victims for pending in due)) - needed",
+                "*(p.removal.victims - (set() if type(p.removal).__name__ == 'GivenUp' else needed) for p in due))",
             )
         ]
     },
