@@ -9,7 +9,9 @@ from typing import ParamSpec
 import typer
 
 from dtruntime_torch.cli.diff import diff
+from dtruntime_torch.cli.drop import drop
 from dtruntime_torch.cli.ls import ls
+from dtruntime_torch.cli.prune import prune
 from dtruntime_torch.cli.screen import one_line
 from dtruntime_torch.cli.verify import verify
 from dtruntime_torch.errors import DTRuntimeError
@@ -30,7 +32,7 @@ def _with_errors_in_one_line(command: Callable[P, None]) -> Callable[P, None]:
 
 
 app = typer.Typer(
-    help="Shows checkpoints, checks and compares them.",
+    help="Shows checkpoints, checks, compares and deletes them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -38,3 +40,5 @@ app = typer.Typer(
 app.command()(_with_errors_in_one_line(ls))
 app.command()(_with_errors_in_one_line(verify))
 app.command()(_with_errors_in_one_line(diff))
+app.command()(_with_errors_in_one_line(prune))
+app.command()(_with_errors_in_one_line(drop))
