@@ -45,8 +45,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "checkpoint.targets",
     ),
     (
-        "checkpoint.commit checkpoint.contents checkpoint.device checkpoint.shard_file checkpoint.verify",
-        "checkpoint.device_copies checkpoint.sources",
+        "checkpoint.chunk_table checkpoint.commit checkpoint.contents checkpoint.shard_file checkpoint.verify",
+        "checkpoint.device",
+        "checkpoint.sources",
+        "checkpoint.device_work",
+        "checkpoint.device_changes checkpoint.device_copies",
         "checkpoint.stager",
         "checkpoint.staging",
     ),

@@ -1,0 +1,140 @@
+"""Only the chunks of a device's tensors that changed, into the arena: found there, copied by a kernel, checked here.
+
+The device digests all chunks, compares them with those of what the arena holds, and a kernel of few blocks writes the
+ones that differ straight to their places in the pinned arena: all behind one another on the side stream, with no
+decision of the host in between. What crosses to the host is what changed; reading it costs the device one pass over all.
+
+The table of known digests lies in pinned memory of the host, where the kernel compares it and brings it up to date: so
+it is never older than what the arena is known to hold, and the digests come back with no copy of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from operator import ne
+from struct import iter_unpack
+
+import torch
+
+from dtruntime_torch import _C
+from dtruntime_torch.checkpoint.chunk_table import ChunkTable
+from dtruntime_torch.checkpoint.device import Device, in_one_piece
+from dtruntime_torch.checkpoint.device_work import DeviceWork
+from dtruntime_torch.checkpoint.sources import PairNames
+from dtruntime_torch.checkpoint.specs import DIGEST_BYTES
+from dtruntime_torch.errors import SaveFailed
+from dtruntime_torch.ops import CHUNKS_LIMIT
+
+
+def comparable(
+    device: Device, arena: _C.Arena, sources: Mapping[int, torch.Tensor], chunk_bytes: int
+) -> list[int]:
+    """Which sources of a device `DeviceChanges` can take: none, where its kernels do not reach the arena.
+
+    Args:
+        device: where they are.
+        arena: where to.
+        sources: number of the pair -> source.
+        chunk_bytes: bytes of a chunk.
+    """
+    in_reach = [number for number, tensor in sources.items() if in_one_piece(tensor)]
+    count = sum(-(-sources[number].nbytes // chunk_bytes) for number in in_reach)
+    return in_reach if device.can_write(arena) and count < CHUNKS_LIMIT else []
+
+
+class DeviceChanges(DeviceWork):
+    """The changes of one staging on one device. `DeviceWork` says what they read, and when.
+
+    Args:
+        device: where the sources are.
+        arena: where to.
+        sources: number of the pair -> source and its offset in the arena; `comparable` gives them.
+        known: digests of what the arena holds at their places, in their order.
+        chunk_bytes: bytes of a chunk.
+        name: names pairs in a message.
+
+    Raises:
+        SaveFailed: something was refused. Nothing is in flight then.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        arena: _C.Arena,
+        sources: Mapping[int, tuple[torch.Tensor, int]],
+        known: bytes,
+        chunk_bytes: int,
+        name: PairNames,
+    ) -> None:
+        super().__init__(device, sources, name)
+        self._known = known
+        self._chunk_bytes = chunk_bytes
+        self.nbytes_changed = 0
+        with self.enqueuing():
+            self._table = device.host_memory(len(known))
+            self._table[:] = torch.frombuffer(bytearray(known), dtype=torch.uint8)
+            chunks = ChunkTable(
+                device,
+                [tensor.data_ptr() for tensor, _ in sources.values()],
+                self.lengths,
+                chunk_bytes,
+                [arena.address + offset for offset in self.offsets],
+            )
+            digests = chunks.digest()
+            changed, changed_count = chunks.find_changed(digests, self._table)
+            chunks.gather(changed, changed_count, None, min(chunk_bytes, max(self.lengths)))
+        # The kernels use it until the event has passed.
+        self._scratch: tuple[object, ...] = (chunks, digests, changed, changed_count)
+
+    @property
+    def nbytes_copied(self) -> int:
+        return self.nbytes_changed
+
+    def wait(self, deadline: float | None) -> bool:
+        """As `DeviceWork.wait`; gives back what the kernels needed."""
+        arrived = super().wait(deadline)
+        if arrived:
+            self._scratch = ()
+        return arrived
+
+    def digests(self, arena: _C.Arena, chunk_bytes: int, threads: int) -> bytes:
+        """Those that the device took of what it sent, if that arrived; of the others the host looks at nothing."""
+        sent = self._table.numpy().tobytes()
+        # By the tables, not by the device's list: so a change that it did not copy is found, too.
+        changed = [
+            (row, *place)
+            for row, (differs, place) in enumerate(
+                zip(_differ(sent, self._known), self._places(), strict=True)
+            )
+            if differs
+        ]
+        offsets = [offset for _, _, offset, _ in changed]
+        lengths = [length for _, _, _, length in changed]
+        arrived = _C.digest_ranges(arena, offsets, lengths, chunk_bytes, threads)
+        for at, (row, pair, offset, length) in enumerate(changed):
+            of_device, of_host = _row(sent, row), _row(arrived, at)
+            if of_device != of_host:
+                raise SaveFailed(
+                    f"{self._name([pair])} did not arrive from {self._where} as it was sent: bytes {offset} to "
+                    f"{offset + length} of the arena have the digest {of_host.hex()}, and had {of_device.hex()} on "
+                    f"the device; it was overwritten while it was staged, or the transfer failed. This save is "
+                    f"lost, the next copies all"
+                )
+        self.nbytes_changed = sum(lengths)
+        self.chunks_skipped = len(sent) // DIGEST_BYTES - len(changed)
+        return sent
+
+    def _places(self) -> Iterator[tuple[int, int, int]]:
+        """Number of the pair, offset in the arena and length of each chunk, in the order of the digests."""
+        for number, offset, length in zip(self.numbers, self.offsets, self.lengths, strict=True):
+            for start in range(0, length, self._chunk_bytes):
+                yield number, offset + start, min(self._chunk_bytes, length - start)
+
+
+def _differ(one: bytes, other: bytes) -> Iterator[bool]:
+    """Whether each digest of two tables differs."""
+    return map(ne, iter_unpack(f"{DIGEST_BYTES}s", one), iter_unpack(f"{DIGEST_BYTES}s", other))
+
+
+def _row(table: bytes, row: int) -> bytes:
+    return table[row * DIGEST_BYTES : (row + 1) * DIGEST_BYTES]
