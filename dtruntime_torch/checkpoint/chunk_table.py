@@ -116,11 +116,11 @@ class ChunkTable:
         """Enqueues the kernel that digests them all.
 
         Args:
-            into: where the digests go; None for fresh memory.
+            into: where the digests go, 16 canonical bytes each; None for fresh memory.
             copy: copies each chunk to its target in the same pass.
 
         Returns:
-            (count, 2) int64, 16 canonical bytes a row.
+            `into`, or (count, 2) int64.
         """
         digests = self._empty((self.count, 2), torch.int64) if into is None else into
         self._place.native.cuda_digest(

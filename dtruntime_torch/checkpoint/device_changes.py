@@ -4,8 +4,8 @@ The device digests all chunks, compares them with those of what the arena holds,
 ones that differ straight to their places in the pinned arena: all behind one another on the side stream, with no
 decision of the host in between. What crosses to the host is what changed; reading it costs the device one pass over all.
 
-The table of known digests lies in pinned memory of the host, where the kernel compares it and brings it up to date: so
-it is never older than what the arena is known to hold, and the digests come back with no copy of their own.
+The digests that are known and those that it takes lie in pinned memory of the host, where its kernels read and write
+them: so the known ones are always those of this staging's arena, and the new ones come back with no copy of their own.
 """
 
 from __future__ import annotations
@@ -71,8 +71,9 @@ class DeviceChanges(DeviceWork):
         self._chunk_bytes = chunk_bytes
         self.nbytes_changed = 0
         with self.enqueuing():
-            self._table = device.host_memory(len(known))
-            self._table[:] = torch.frombuffer(bytearray(known), dtype=torch.uint8)
+            before, self._sent = device.host_memory(2 * len(known)).view(2, -1).unbind()
+            before[:] = torch.frombuffer(bytearray(known), dtype=torch.uint8)
+            self._sent.zero_()  # no digests that were there before are taken for new ones
             chunks = ChunkTable(
                 device,
                 [tensor.data_ptr() for tensor, _ in sources.values()],
@@ -80,11 +81,11 @@ class DeviceChanges(DeviceWork):
                 chunk_bytes,
                 [arena.address + offset for offset in self.offsets],
             )
-            digests = chunks.digest()
-            changed, changed_count = chunks.find_changed(digests, self._table)
+            chunks.digest(self._sent)
+            changed, changed_count = chunks.find_changed(self._sent, before)
             chunks.gather(changed, changed_count, None, min(chunk_bytes, max(self.lengths)))
         # The kernels use it until the event has passed.
-        self._scratch: tuple[object, ...] = (chunks, digests, changed, changed_count)
+        self._scratch: tuple[object, ...] = (chunks, before, changed, changed_count)
 
     @property
     def nbytes_copied(self) -> int:
@@ -99,7 +100,7 @@ class DeviceChanges(DeviceWork):
 
     def digests(self, arena: _C.Arena, chunk_bytes: int, threads: int) -> bytes:
         """Those that the device took of what it sent, if that arrived; of the others the host looks at nothing."""
-        sent = self._table.numpy().tobytes()
+        sent = self._sent.numpy().tobytes()
         # By the tables, not by the device's list: so a change that it did not copy is found, too.
         changed = [
             (row, *place)

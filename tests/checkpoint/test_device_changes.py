@@ -6,6 +6,7 @@ The native calls are Python, byte for byte, or the real kernels, built for the h
 from __future__ import annotations
 
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from dtruntime_torch.checkpoint.device import as_bytes
 from dtruntime_torch.checkpoint.sources import Pair
 from dtruntime_torch.checkpoint.stager import Stager, Staging
 from dtruntime_torch.errors import SaveFailed
-from tests.checkpoint.late_device import LateDevice
+from tests.checkpoint.late_device import LateDevice, LateNative
 from tests.native.host_builds import STAND_IN, bindings, kernels
 
 CHUNK = 1000
@@ -159,6 +160,14 @@ def test_a_change_that_the_device_did_not_gather_fails_the_staging(state, monkey
         state.start().wait()
 
 
+def test_kernels_that_never_ran_fail_the_staging(state):
+    """The known digests are not taken for new ones, nor are those of a staging before."""
+    nothing = SimpleNamespace(**dict.fromkeys(KERNELS, lambda *arguments: None))
+    state.device.native = LateNative(state.device, nothing)
+    with pytest.raises(SaveFailed, match=r"^weight did not arrive .* had 0{32} on the device"):
+        state.start().wait()
+
+
 def test_the_host_digests_only_what_changed(state, monkeypatch):
     asked = []
     digest_ranges = _C.digest_ranges
@@ -242,7 +251,7 @@ def test_scratch_memory_of_the_device_is_given_back_when_the_kernels_are_done(st
     monkeypatch.setattr(torch, "empty", counted)
     staging = state.start()
     (work,) = staging._on_device
-    assert len(made) == 5 and work._scratch
+    assert len(made) == 4 and work._scratch
     staging.wait()
     assert not work._scratch
 
