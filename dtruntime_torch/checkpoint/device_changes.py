@@ -10,9 +10,9 @@ them: so the known ones are always those of this staging's arena, and the new on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from operator import ne
-from struct import iter_unpack
+from bisect import bisect_right
+from collections.abc import Mapping
+from itertools import accumulate
 
 import torch
 
@@ -69,6 +69,8 @@ class DeviceChanges(DeviceWork):
         super().__init__(device, sources, name)
         self._known = known
         self._chunk_bytes = chunk_bytes
+        counts = [-(-length // chunk_bytes) for length in self.lengths]
+        self._firsts = list(accumulate(counts, initial=0))  # rows of the first chunk of each source
         self.nbytes_changed = 0
         with self.enqueuing():
             before, self._sent = device.host_memory(2 * len(known)).view(2, -1).unbind()
@@ -100,19 +102,14 @@ class DeviceChanges(DeviceWork):
 
     def digests(self, arena: _C.Arena, chunk_bytes: int, threads: int) -> bytes:
         """Those that the device took of what it sent, if that arrived; of the others the host looks at nothing."""
-        sent = self._sent.numpy().tobytes()
+        known = torch.frombuffer(bytearray(self._known), dtype=torch.uint8)
         # By the tables, not by the device's list: so a change that it did not copy is found, too.
-        changed = [
-            (row, *place)
-            for row, (differs, place) in enumerate(
-                zip(_differ(sent, self._known), self._places(), strict=True)
-            )
-            if differs
-        ]
-        offsets = [offset for _, _, offset, _ in changed]
-        lengths = [length for _, _, _, length in changed]
+        rows = (self._sent != known).view(-1, DIGEST_BYTES).any(dim=1).nonzero().flatten().tolist()
+        places = [self._place_of(row) for row in rows]
+        offsets, lengths = [offset for _, offset, _ in places], [length for _, _, length in places]
         arrived = _C.digest_ranges(arena, offsets, lengths, chunk_bytes, threads)
-        for at, (row, pair, offset, length) in enumerate(changed):
+        sent = bytes(self._sent.numpy())
+        for at, (row, (pair, offset, length)) in enumerate(zip(rows, places, strict=True)):
             of_device, of_host = _row(sent, row), _row(arrived, at)
             if of_device != of_host:
                 raise SaveFailed(
@@ -122,19 +119,14 @@ class DeviceChanges(DeviceWork):
                     f"lost, the next copies all"
                 )
         self.nbytes_changed = sum(lengths)
-        self.chunks_skipped = len(sent) // DIGEST_BYTES - len(changed)
+        self.chunks_skipped = len(sent) // DIGEST_BYTES - len(rows)
         return sent
 
-    def _places(self) -> Iterator[tuple[int, int, int]]:
-        """Number of the pair, offset in the arena and length of each chunk, in the order of the digests."""
-        for number, offset, length in zip(self.numbers, self.offsets, self.lengths, strict=True):
-            for start in range(0, length, self._chunk_bytes):
-                yield number, offset + start, min(self._chunk_bytes, length - start)
-
-
-def _differ(one: bytes, other: bytes) -> Iterator[bool]:
-    """Whether each digest of two tables differs."""
-    return map(ne, iter_unpack(f"{DIGEST_BYTES}s", one), iter_unpack(f"{DIGEST_BYTES}s", other))
+    def _place_of(self, row: int) -> tuple[int, int, int]:
+        """Number of the pair, offset in the arena and length of the chunk whose digest is in that row."""
+        at = bisect_right(self._firsts, row) - 1
+        start = (row - self._firsts[at]) * self._chunk_bytes
+        return self.numbers[at], self.offsets[at] + start, min(self._chunk_bytes, self.lengths[at] - start)
 
 
 def _row(table: bytes, row: int) -> bytes:
