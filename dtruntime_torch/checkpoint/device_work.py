@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -17,7 +18,7 @@ POLL_SECONDS = 0.001
 """CUDA cannot wait for an event with a time-out: it is asked this often."""
 
 
-class DeviceWork:
+class DeviceWork(ABC):
     """Brings sources of one device into the arena; how, say `DeviceCopies` and `DeviceChanges`.
 
     It reads the sources as they are when the current stream comes to the point where it is as this is made. The
@@ -55,17 +56,17 @@ class DeviceWork:
         self._name = name
 
     @property
+    @abstractmethod
     def nbytes_copied(self) -> int:
         """Bytes that were copied; known once `digests` has returned."""
-        raise NotImplementedError
 
+    @abstractmethod
     def digests(self, arena: _C.Arena, chunk_bytes: int, threads: int) -> bytes:
         """The digests of what arrived, of all chunks in the order of the pairs. Only after `wait` returned True.
 
         Raises:
             SaveFailed: that is not what the device sent.
         """
-        raise NotImplementedError
 
     def hold_current(self) -> None:
         """Makes what the caller's current stream is given from now on wait for this.
