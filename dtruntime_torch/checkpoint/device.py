@@ -91,7 +91,7 @@ class CudaDevice:
 
     def host_memory(self, nbytes: int) -> torch.Tensor:
         # torch keeps such memory for the next who asks: to pin anew may wait for the device.
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def record(self) -> Event:
         # A thread that waits for a blocking event sleeps, and leaves its core to training.

@@ -39,8 +39,8 @@ def test_its_kernels_write_pinned_arenas_only(cuda, pinned):
     assert CudaDevice(0).can_write(SimpleNamespace(pinned=pinned)) is pinned
 
 
-def test_memory_that_it_shares_with_the_host_is_pinned(cuda, monkeypatch):
+def test_memory_that_it_shares_is_pinned_and_the_hosts_whatever_the_default_device(cuda, monkeypatch):
     empty = create_autospec(torch.zeros)
     monkeypatch.setattr(torch, "empty", empty)
     assert CudaDevice(0).host_memory(48) is empty.return_value
-    empty.assert_called_once_with(48, dtype=torch.uint8, pin_memory=True)
+    empty.assert_called_once_with(48, dtype=torch.uint8, device="cpu", pin_memory=True)
