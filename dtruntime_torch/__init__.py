@@ -14,7 +14,7 @@ from dtruntime_torch._version import __version__
 
 if TYPE_CHECKING:
     from dtruntime_torch.build import build_info
-    from dtruntime_torch.checkpoint.flatten import PerRank
+    from dtruntime_torch.checkpoint.flatten import PerRank, register_codec
     from dtruntime_torch.checkpoint.handle import SaveHandle, SaveMetrics
     from dtruntime_torch.checkpoint.info import CheckpointInfo
     from dtruntime_torch.checkpoint.verify import VerifyReport
@@ -41,6 +41,7 @@ _HOMES = {
     "StorageBackend": "dtruntime_torch.storage",
     "VerifyReport": "dtruntime_torch.checkpoint.verify",
     "build_info": "dtruntime_torch.build",
+    "register_codec": "dtruntime_torch.checkpoint.flatten",
 }
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "__version__",
     "build_info",
     "errors",
+    "register_codec",
 ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from enum import IntEnum
 
 import numpy as np
@@ -220,12 +220,12 @@ class Color(IntEnum):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (np.zeros(3), r"^a\.b: a NumPy array .*torch\.from_numpy"),
-        ([np.zeros(3)], r"^a\.b\.0: a NumPy array"),
-        (np.float64(1), r"^a\.b: a numpy\.float64"),
+        (np.zeros(3, object), r"^a\.b: .*numpy\.ndarray .*its dtype is object"),
+        ([1, np.zeros((16 << 20) + 1, "i1")], r"^a\.b\[1\]: .*torch\.from_numpy"),
+        (np.longdouble(1), r"^a\.b: a numpy\.longdouble"),
         (Color.RED, r"^a\.b: .*Color"),
         (object(), r"^a\.b: a builtins\.object"),
-        ([1, {"c": {1}}], r"^a\.b\[1\]\['c'\]: a builtins\.set"),
+        ([1, {"c": {range(1)}}], r"^a\.b\[1\]\['c'\], a member of it: a builtins\.range"),
         ({1: lambda: None}, r"^a\.b\[1\]: .*function"),
         ({Color.RED: torch.ones(1)}, r"^a\.b, a key of it: .*Color"),
         (torch.ones(1, device="meta"), r"^a\.b: a meta"),
@@ -297,38 +297,8 @@ def test_nothing_is_changed():
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize(
-    "value",
-    [torch.Size([2, 3]), torch.bfloat16, torch.device("cpu"), torch.device("cuda", 3), Counter({3: 2, 1: 1})],
-    ids=repr,
-)
-def test_values_of_torch_come_back(value):
-    loaded = load_fresh(save({"a": value, "b": [value]}))
-    assert loaded == {"a": value, "b": [value]}
-    assert isinstance(loaded, dict)
-    assert type(loaded["a"]) is type(value)
-
-
 def test_what_counts_as_dict_comes_back_as_dict():
     state = {"a": OrderedDict(x=1), "b": [OrderedDict(y=OrderedDict())], "c": (OrderedDict({1: 2}),)}
     loaded = load_fresh(save(OrderedDict(state)))
     assert loaded == {"a": {"x": 1}, "b": [{"y": {}}], "c": ({1: 2},)}
     assert type(loaded) is type(loaded["b"][0]) is type(loaded["b"][0]["y"]) is dict
-
-
-@pytest.mark.parametrize(
-    ("tag", "value"),
-    [
-        ("torch.dtype", "save"),
-        ("torch.dtype", 3),
-        ("torch.device", "nowhere"),
-        ("torch.device", 0),
-        ("torch.Size", 3),
-        ("torch.Size", ["a"]),
-        ("torch.Size", {"~": "dict", "v": [[1, 2]]}),
-        ("collections.Counter", "abc"),
-    ],
-)
-def test_hostile_values_of_torch_are_refused(tag, value):
-    with pytest.raises(objects.CorruptCheckpoint, match="^w: not a "):
-        objects.decode({"~": tag, "v": value}, "w")
