@@ -26,6 +26,7 @@ from dtruntime_torch.checkpoint.state.local_shard import (
 )
 from dtruntime_torch.checkpoint.state.stateful import Leaf, Survey
 from dtruntime_torch.checkpoint.state.traverse import Node, PerRank, name_clash
+from dtruntime_torch.checkpoint.state.wrappers import innermost
 
 __all__ = ["FlatState", "PerRank", "flatten_state", "register_codec"]
 
@@ -75,10 +76,15 @@ def flatten_state(state: object, rank: int) -> FlatState:
 
 def _owned_data(survey: Survey) -> frozenset[Hashable]:
     """The memory of the parameters of the state's optimizers; a DTensor's mesh tells what its optimizer would."""
-    plain = [(name, parameter) for name, parameter in survey.named_parameters() if not is_dtensor(parameter)]
-    for name, parameter in plain:
-        check_plain(parameter, name)
-    return frozenset(memory_of(parameter) for _, parameter in plain)
+    plain = [
+        part
+        for name, parameter in survey.named_parameters()
+        for part in innermost(parameter, name)
+        if not is_dtensor(part[1])
+    ]
+    for name, tensor in plain:
+        check_plain(tensor, name)
+    return frozenset(memory_of(tensor) for _, tensor in plain)
 
 
 class _Collector:

@@ -11,7 +11,7 @@ import torch
 
 from dtruntime_torch.checkpoint.load_plan import SavedState
 from dtruntime_torch.checkpoint.state.local_shard import BoxFinder, local_part, memory_of
-from dtruntime_torch.checkpoint.state.module_target import module_request, tensor_request
+from dtruntime_torch.checkpoint.state.module_target import module_request, tensor_request, wrapping_request
 from dtruntime_torch.checkpoint.state.nest import build_state, leaves_of
 from dtruntime_torch.checkpoint.state.optimizer_target import optimizer_request
 from dtruntime_torch.checkpoint.state.stateful import Survey
@@ -26,6 +26,7 @@ from dtruntime_torch.checkpoint.state.wanted import (
     needed_box,
     nested_copies,
 )
+from dtruntime_torch.checkpoint.state.wrappers import Wrapping
 from dtruntime_torch.errors import InvalidArgument
 
 __all__ = ["Targets", "Wanted", "bind_targets", "build_state"]
@@ -114,8 +115,10 @@ class Targets:
     def _tensors_filled_in_place(self) -> Iterator[Node]:
         for node in self._survey.nodes:
             if isinstance(node.value, torch.nn.Module):
-                entries = (entry for _, entry in self._survey.entries_of(node))
-                yield from (entry for entry in entries if isinstance(entry.value, torch.Tensor))
+                for _, entry in self._survey.entries_of(node):
+                    if isinstance(entry.value, torch.Tensor):
+                        parts = nodes_below(entry, entry.value)
+                        yield from (part for part in parts if isinstance(part.value, torch.Tensor))
             elif isinstance(node.value, torch.Tensor):
                 yield node
 
@@ -144,6 +147,8 @@ class Targets:
             return _stateful_request(node, below, boxes)
         if isinstance(node.value, torch.Tensor):
             return tensor_request(node, below, boxes)
+        if isinstance(node.value, Wrapping):
+            return wrapping_request(node, below)
         return _value_request(node, below)
 
 

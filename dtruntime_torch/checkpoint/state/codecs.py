@@ -8,6 +8,7 @@ import torch
 
 from dtruntime_torch.checkpoint.objects import register_codec
 from dtruntime_torch.checkpoint.state.numpy_codecs import register_numpy
+from dtruntime_torch.checkpoint.state.wrappers import Wrapping, wrapping_of
 
 
 def register_codecs() -> None:
@@ -17,6 +18,7 @@ def register_codecs() -> None:
     register_codec(torch.device, "torch.device", str, lambda name: torch.device(str(name)))
     # MultiStepLR keeps its milestones in one.
     register_codec(Counter, "collections.Counter", dict, _counter_of)
+    register_codec(Wrapping, "dtruntime.Wrapping", Wrapping.stored, wrapping_of)
     register_numpy()
 
 

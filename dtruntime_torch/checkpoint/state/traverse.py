@@ -15,6 +15,7 @@ import torch
 
 from dtruntime_torch.checkpoint import objects
 from dtruntime_torch.checkpoint.specs import Kind, Path, PathKey
+from dtruntime_torch.checkpoint.state.wrappers import WRAPPING, is_wrapper, take_apart
 from dtruntime_torch.errors import InvalidArgument, UnsupportedType
 
 T = TypeVar("T")
@@ -134,7 +135,9 @@ def is_stateful(value: object) -> TypeGuard[Stateful]:
 
 def _walk(node: Node, inside: frozenset[int]) -> Iterator[Node]:
     value = node.value
-    if isinstance(value, torch.Tensor):
+    if is_wrapper(value):
+        yield from _parts_of_wrapper(node, _deeper(node, inside))
+    elif isinstance(value, torch.Tensor):
         yield node
     elif isinstance(value, PerRank):
         inner = Node(node.path, node.fqn, value.value, True, lambda new: setattr(value, "value", new))
@@ -143,6 +146,13 @@ def _walk(node: Node, inside: frozenset[int]) -> Iterator[Node]:
         yield node
     else:
         yield from _enter(node, inside)
+
+
+def _parts_of_wrapper(node: Node, inside: frozenset[int]) -> Iterator[Node]:
+    inner, wrapping = take_apart(node.value, node.fqn)
+    for name, part in inner.items():
+        yield from _walk(node.child("dict", name, part, cannot_replace), inside)
+    yield node.child("dict", WRAPPING, wrapping, cannot_replace)
 
 
 def _enter(node: Node, inside: frozenset[int]) -> Iterator[Node]:

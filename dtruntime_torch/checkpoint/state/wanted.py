@@ -13,6 +13,7 @@ from dtruntime_torch.checkpoint.load_plan import SavedTensor
 from dtruntime_torch.checkpoint.specs import Shape, TensorSpec
 from dtruntime_torch.checkpoint.state.local_shard import Box, BoxFinder, is_dtensor, local_part
 from dtruntime_torch.checkpoint.state.nest import SavedLeaf, bytes_of, names_along, nest
+from dtruntime_torch.checkpoint.state.wrappers import Wrapping, rewrapped, with_wrapper
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +162,8 @@ def nested_copies(below: Below, loaded: Loaded, current: Mapping[str, object]) -
     Args:
         below: the leaves; they are named as their containers are at that depth.
         loaded: their values.
-        current: fqn -> the tensor that lies there now, to whose device, and placements, a new one goes.
+        current: fqn -> the tensor that lies there now, to whose device, and placements, a new one goes; and the
+            `Wrapping` of the wrapper there, like which a new one is made.
     """
     copies: dict[str, torch.Tensor] = {}
 
@@ -171,7 +173,14 @@ def nested_copies(below: Below, loaded: Loaded, current: Mapping[str, object]) -
             copies[first] = _copy_like(current.get(leaf.fqn), leaf, data)
         return copies[first]
 
-    return nest(below.leaves, below.depth, lambda leaf: loaded.value_of(leaf, copy))
+    def value_of(leaf: SavedLeaf) -> object:
+        value, now = loaded.value_of(leaf, copy), current.get(leaf.fqn)
+        if isinstance(value, Wrapping) and isinstance(now, Wrapping):
+            made, differs = with_wrapper(value, now.tensor, leaf.fqn)
+            return value if differs else made
+        return value
+
+    return rewrapped(nest(below.leaves, below.depth, value_of))
 
 
 def _copy_like(like: object, leaf: SavedTensor, data: torch.Tensor) -> torch.Tensor:
