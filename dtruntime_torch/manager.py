@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from types import TracebackType
+from typing import get_args
 
 from torch.distributed.distributed_c10d import ProcessGroup, Store
 
@@ -15,7 +16,7 @@ from dtruntime_torch.checkpoint.info import CheckpointInfo
 from dtruntime_torch.checkpoint.lineage import Lineage
 from dtruntime_torch.checkpoint.names import CommitKey, check_name
 from dtruntime_torch.checkpoint.objects import Json
-from dtruntime_torch.checkpoint.save import Saver
+from dtruntime_torch.checkpoint.save import OnFailure, Saver
 from dtruntime_torch.checkpoint.verify import VerifyReport, find_commit, verify
 from dtruntime_torch.errors import CorruptCheckpoint, DTRuntimeError, InvalidArgument
 from dtruntime_torch.membership import join
@@ -34,6 +35,9 @@ class CheckpointManager:
         storage: a local folder, or a storage backend. Nothing is made there before the first save.
         name: what the checkpoints are called, `[A-Za-z0-9._-]{1,100}` without a leading dot.
         chunk_bytes: bytes of a chunk, of which each has a digest.
+        on_failure: what becomes of a failed save that nobody asked for by `result` or `await`. "warn": the next save
+            warns of it and goes on; "raise": the next save raises its error, once, and is not taken. Either way it
+            is logged, counted in `failed_saves`, and raised by `close`. Let it be the same on all ranks.
         timeout: seconds after which a wait for other ranks is given up, with an error that names them.
         process_group: the ranks that save together; None for all, or for this process alone where
             torch.distributed is not initialised.
@@ -56,6 +60,7 @@ class CheckpointManager:
         name: str = "model",
         *,
         chunk_bytes: int = 1 << 20,
+        on_failure: OnFailure = "warn",
         timeout: float = 600.0,
         process_group: ProcessGroup | None = None,
         store: Store | None = None,
@@ -65,11 +70,13 @@ class CheckpointManager:
             raise InvalidArgument(f"chunk_bytes is {chunk_bytes}; choose from 4096 to {1 << 30}")
         if not timeout > 0:
             raise InvalidArgument(f"timeout is {timeout}; it is a positive number of seconds")
+        if on_failure not in get_args(OnFailure):
+            raise InvalidArgument(f'on_failure is {on_failure!r}; it is "warn" or "raise"')
         self.name = name
         self._backend = backend_for(storage)
         self._members = join(process_group, store, timeout)
         self._lineage = Lineage()
-        self._saver = Saver(self._backend, name, self._members, self._lineage, chunk_bytes)
+        self._saver = Saver(self._backend, name, self._members, self._lineage, chunk_bytes, on_failure)
         self._loads = 0
         self._closed = False
         self._process = os.getpid()
@@ -83,6 +90,21 @@ class CheckpointManager:
     def world_size(self) -> int:
         """How many processes save together."""
         return self._members.world_size
+
+    @property
+    def failed_saves(self) -> int:
+        """How many saves of this manager became no checkpoint, whether the call or the handle told it."""
+        return self._saver.health.failed_saves
+
+    @property
+    def age_of_last_good(self) -> float | None:
+        """Seconds since this manager last made or loaded a checkpoint; None if it did neither.
+
+        Example: a job that would rather stop than train on for an hour that nothing would keep
+            if (manager.age_of_last_good or 0.0) > 3600:
+                raise RuntimeError("nothing was saved for an hour")
+        """
+        return self._saver.health.age_of_last_good
 
     def prepare(self, state: object) -> None:
         """Does what depends on the state's structure only, so that the first save finds it done.
@@ -101,7 +123,7 @@ class CheckpointManager:
         """Takes a snapshot before it returns, and writes and commits it in the background.
 
         Waits first for a save that is still under way. A failure of that one, if nobody asked for its result, is
-        told as a RuntimeWarning; a CommitConflict is raised, since no later save can succeed.
+        told as `on_failure` says; a CommitConflict is raised, since no later save can succeed.
 
         Args:
             state: `{name: module | optimizer | anything with state_dict | value}`, a plain (nested) state dict, or
@@ -147,6 +169,7 @@ class CheckpointManager:
         self._saver.wait()
         loaded = restore.load(self._backend, self.name, self._members, state, step, f"load/{self._loads}")
         self._lineage.follow(loaded.info.key, loaded.newest)
+        self._saver.health.note_good()
         return loaded.info
 
     def load_checkpoint(self, name: str | None = None, step: int | None = None) -> object:

@@ -35,7 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "checkpoint.info",
     ),
     (
-        "checkpoint.catalog checkpoint.chunk_reader checkpoint.handle checkpoint.locks store",
+        "checkpoint.catalog checkpoint.chunk_reader checkpoint.handle checkpoint.health checkpoint.locks store",
         "barrier",
         "checkpoint.groups membership",
         "checkpoint.state.fqns checkpoint.state.local_shard checkpoint.state.nest checkpoint.state.numpy_codecs",
