@@ -39,7 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "barrier",
         "checkpoint.groups membership",
         "checkpoint.state.fqns checkpoint.state.local_shard checkpoint.state.nest checkpoint.state.numpy_codecs",
-        "checkpoint.state.wrappers",
+        "checkpoint.state.overlaps checkpoint.state.wrappers",
         "checkpoint.state.codecs checkpoint.state.traverse",
         "checkpoint.state.stateful checkpoint.state.wanted",
         "checkpoint.flatten checkpoint.state.module_target checkpoint.state.optimizer_groups",

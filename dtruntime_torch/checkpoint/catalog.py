@@ -6,7 +6,6 @@ Nothing is decoded before its hash was compared, except the commit itself: that 
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Awaitable, Callable, Sequence, Set
 from typing import TypeVar
 
@@ -122,15 +121,16 @@ async def newest_key(backend: StorageBackend, name: str) -> CommitKey | None:
 
 
 async def pick(
-    backend: StorageBackend, name: str, step: int | None, rejected: Set[CommitKey]
+    backend: StorageBackend, name: str, step: int | None, rejected: Set[CommitKey], notes: list[str]
 ) -> tuple[Commit, CommitKey]:
-    """Chooses what to load. A commit that cannot be read is passed over with a warning.
+    """Chooses what to load. A commit that cannot be read is passed over.
 
     Args:
         backend: where the checkpoint lies.
         name: of the checkpoint.
         step: None for the newest commit; else the newest generation's of that step, with no falling back.
         rejected: commits that turned out to be damaged.
+        notes: where to add, once, what the user has to be warned of.
 
     Returns:
         The commit, and what `newest_key` returns.
@@ -147,7 +147,7 @@ async def pick(
         for key in reversed(keys):
             if key in rejected or step not in (None, key.step):
                 continue
-            commit = await _read_or_warn(backend, name, key, fall_back=step is None)
+            commit = await _read_or_note(backend, name, key, None if step is not None else notes)
             if commit is not None and not commit.void:
                 return commit, top
         if step is not None:
@@ -184,15 +184,17 @@ async def _newest_of(backend: StorageBackend, name: str, keys: Sequence[CommitKe
     return None
 
 
-async def _read_or_warn(
-    backend: StorageBackend, name: str, key: CommitKey, *, fall_back: bool
+async def _read_or_note(
+    backend: StorageBackend, name: str, key: CommitKey, notes: list[str] | None
 ) -> Commit | None:
+    """Reads a commit; if it is damaged, there is no falling back without notes."""
     try:
         return await read_commit(backend, name, key)
     except CorruptCheckpoint as error:
-        if not fall_back:
+        if notes is None:
             raise
-        warnings.warn(f"{error}; going on with the checkpoint before it", RuntimeWarning, stacklevel=2)
+        note = f"{error}; going on with the checkpoint before it"
+        notes += [note] if note not in notes else []
         return None
 
 

@@ -105,7 +105,7 @@ def load_fresh(
     with _warning_later(speak=True) as notes:
         rejected: set[CommitKey] = set()
         for _ in range(MAX_ROUNDS):
-            commit = Commit(**json.loads(_pick(backend, name, step, rejected))["commit"])
+            commit = Commit(**json.loads(_pick(backend, name, step, rejected, notes))["commit"])
             try:
                 contents = run_sync(read_contents(backend, commit, rank, _want_everything))
             except CorruptCheckpoint as error:
@@ -129,7 +129,7 @@ def _load_one(
 ) -> Loaded | None:
     """Tries one commit together; None if another one has to be tried."""
     barrier = members.barrier
-    picked = json.loads(barrier.announce(f"{key}/pick", lambda: _pick(backend, name, step, rejected)))
+    picked = json.loads(barrier.announce(f"{key}/pick", lambda: _pick(backend, name, step, rejected, notes)))
     commit, newest = Commit(**picked["commit"]), CommitKey(*picked["newest"])
     with _declining(barrier, f"{key}/read"):
         mine = _attempt(backend, commit, members.rank, state, step, picked["asked"])
@@ -189,10 +189,12 @@ def _want_everything(saved: SavedState) -> Wanted:
     return Wanted(tensors=whole_specs(saved), objects=tuple(saved.objects), differences=(), unexpected=())
 
 
-def _pick(backend: StorageBackend, name: str, step: int | None, rejected: Set[CommitKey]) -> bytes:
+def _pick(
+    backend: StorageBackend, name: str, step: int | None, rejected: Set[CommitKey], notes: list[str]
+) -> bytes:
     """Chooses the newest commit that was not rejected; on the leader."""
     step = None if step is None else check_step(step)
-    commit, newest = run_sync(catalog.pick(backend, name, step, rejected))
+    commit, newest = run_sync(catalog.pick(backend, name, step, rejected, notes))
     return json.dumps({"commit": asdict(commit), "newest": newest, "asked": step}).encode()
 
 

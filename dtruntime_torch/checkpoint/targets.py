@@ -5,15 +5,16 @@ Nothing is touched before `apply`, so that a checkpoint that does not fit change
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
 from dtruntime_torch.checkpoint.load_plan import SavedState
-from dtruntime_torch.checkpoint.state.local_shard import BoxFinder, local_part, memory_of
+from dtruntime_torch.checkpoint.state.local_shard import BoxFinder, local_part
 from dtruntime_torch.checkpoint.state.module_target import module_request, tensor_request, wrapping_request
 from dtruntime_torch.checkpoint.state.nest import build_state, leaves_of
 from dtruntime_torch.checkpoint.state.optimizer_target import optimizer_request
+from dtruntime_torch.checkpoint.state.overlaps import Fill, check_fills
 from dtruntime_torch.checkpoint.state.stateful import Survey
 from dtruntime_torch.checkpoint.state.traverse import Node, is_stateful, name_clash, nodes_below
 from dtruntime_torch.checkpoint.state.wanted import (
@@ -85,32 +86,25 @@ class Targets:
     def check(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, object]) -> None:
         """Finds what only shows once it was read; nothing is changed.
 
-        Stateful objects that have `check_state_dict` are asked whether they take it, and tensors that are one in the
-        state must not be two different ones in the checkpoint.
+        Stateful objects that have `check_state_dict` are asked whether they take it, and tensors that share memory in
+        the state must not differ there in the checkpoint.
 
         Args:
             tensors: as for `apply`, to which they may still be given.
             values: as for `apply`.
 
         Raises:
-            InvalidArgument: two names of one tensor have different values in the checkpoint.
+            InvalidArgument: two names of one tensor, or two views, have different values in the checkpoint.
             Exception: what an object raised.
         """
         loaded = Loaded(tensors, values)
-        self._check_ties(tensors)
+        check_fills(
+            Fill(node.fqn, local_part(node.value), tensors[node.fqn])
+            for node in self._tensors_filled_in_place()
+            if node.fqn in tensors
+        )
         for _, request in self._requests:
             request.check(loaded)
-
-    def _check_ties(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        first_at: dict[Hashable, str] = {}
-        for node in self._tensors_filled_in_place():
-            if node.fqn in tensors and node.value.numel():
-                first = first_at.setdefault(memory_of(local_part(node.value)), node.fqn)
-                if not _same_bits(tensors[first], tensors[node.fqn]):
-                    raise InvalidArgument(
-                        f"{first} and {node.fqn} are one tensor in the state and two different ones in the "
-                        f"checkpoint; untie them before you load"
-                    )
 
     def _tensors_filled_in_place(self) -> Iterator[Node]:
         for node in self._survey.nodes:
@@ -150,10 +144,6 @@ class Targets:
         if isinstance(node.value, Wrapping):
             return wrapping_request(node, below)
         return _value_request(node, below)
-
-
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one is other or torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (one, other)))
 
 
 def _turn(node: Node) -> int:

@@ -127,11 +127,15 @@ def _entry_request(key: str, entry: Node, below: Below | None, boxes: BoxFinder)
 def _loaded_entry(key: str, entry: Node, below: Below, request: Request, loaded: Loaded) -> object:
     if not _is_parameter_or_buffer(key, entry):
         return nested_copies(below, loaded, {})
-    if not is_dtensor(entry.value) and not is_wrapper(entry.value):
-        return loaded.tensors[below.leaves[0].fqn]
+    if is_wrapper(entry.value):
+        request.fill(loaded)
+        return entry.value
+    data = loaded.tensors[below.leaves[0].fqn]
+    if not is_dtensor(entry.value):
+        return data
     # Made a DTensor on its way, a second copy of the shard would lie on the device. Filled where it is, what
     # `load_state_dict` copies is the parameter itself.
-    request.fill(loaded)
+    fill_tensor(entry.value, data)
     return entry.value
 
 
