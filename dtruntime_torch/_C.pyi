@@ -129,6 +129,10 @@ class Arena:
         """Its size, as given."""
 
     @property
+    def resizes(self) -> int:
+        """How often it was resized since it was made: while that is the same, what is in it is still there."""
+
+    @property
     def address(self) -> int:
         """The address of its first byte: a multiple of 4096, but see `read_file`. `resize` may change it."""
 
@@ -281,6 +285,9 @@ class CopyJob:
     was cancelled. Dropping it cancels it; so does the end of the interpreter. In a forked child a job that
     was not done never will be.
 
+    Given the digests of what the targets hold already, it digests each chunk of a source first, and copies it
+    only if it differs.
+
     Example:
         >>> from dtruntime_torch._C import Arena, CopyJob, digest
         >>> source, arena = Arena(10), Arena(100)
@@ -290,6 +297,12 @@ class CopyJob:
         True
         >>> bytes(memoryview(arena)[64:74]), job.digests() == digest(source, 4)
         (b'0123456789', True)
+        >>> memoryview(source)[5:6] = b"x"
+        >>> again = CopyJob(arena, [source.address], [10], [64], chunk_bytes=4, known=job.digests())
+        >>> again.wait(timeout=60), again.nbytes_copied, again.chunks_skipped
+        (True, 4, 2)
+        >>> bytes(memoryview(arena)[64:74]), again.digests() == digest(source, 4)
+        (b'01234x6789', True)
     """
 
     def __init__(
@@ -300,13 +313,24 @@ class CopyJob:
         offsets: Sequence[int],
         chunk_bytes: int,
         threads: int = 0,
+        known: Buffer | None = None,
     ) -> None:
         """Starts it. Arguments as those of `copy_digest`, but that `threads` work in the background, beside who
         waits. 0: as many as there are CPUs to run on, at most 16. Where the system has no thread to give, only
         `wait` makes progress.
 
+        Args:
+            arena: see above, as for those that follow.
+            sources: see above.
+            lengths: see above.
+            offsets: see above.
+            chunk_bytes: see above.
+            threads: see above.
+            known: the digests of what the targets hold now, as `digests` gives them; copied. They are trusted: a
+                chunk whose source has its known digest is not written. None: all is copied.
+
         Raises:
-            ValueError: as `copy_digest`. Nothing was copied.
+            ValueError: as `copy_digest`, or `known` is not 16 bytes a chunk. Nothing was copied.
         """
 
     def wait(self, copies: Sequence[int] | None = None, timeout: float | None = None) -> bool:
@@ -339,10 +363,18 @@ class CopyJob:
 
     @property
     def nbytes_done(self) -> int:
-        """How many of them have arrived."""
+        """How many of them have arrived, or were found to be there."""
+
+    @property
+    def nbytes_copied(self) -> int:
+        """How many of them were copied."""
+
+    @property
+    def chunks_skipped(self) -> int:
+        """How many chunks were found to be there."""
 
     def digests(self) -> bytes:
-        """Gives what `copy_digest` would have returned.
+        """Gives what `copy_digest` would have returned: the digests of all chunks, copied or not.
 
         Raises:
             ValueError: it is not done yet.

@@ -14,12 +14,16 @@ from dtruntime_torch._version import __version__
 
 if TYPE_CHECKING:
     from dtruntime_torch.build import build_info
+    from dtruntime_torch.checkpoint.delta import DeltaPolicy
     from dtruntime_torch.checkpoint.flatten import PerRank, register_codec
     from dtruntime_torch.checkpoint.handle import SaveHandle, SaveMetrics
     from dtruntime_torch.checkpoint.info import CheckpointInfo
+    from dtruntime_torch.checkpoint.prune_plan import PruneReport
+    from dtruntime_torch.checkpoint.retention import KeepBest, RetentionPolicy
     from dtruntime_torch.checkpoint.verify import VerifyReport
     from dtruntime_torch.hook import CheckpointHook
     from dtruntime_torch.manager import CheckpointManager
+    from dtruntime_torch.retry import RetryPolicy
     from dtruntime_torch.sampler import ElasticDistributedSampler
     from dtruntime_torch.storage import LocalBackend, MemoryBackend, StorageBackend
     from dtruntime_torch.writer import CheckpointWriter
@@ -32,10 +36,15 @@ _HOMES = {
     "CheckpointInfo": "dtruntime_torch.checkpoint.info",
     "CheckpointManager": "dtruntime_torch.manager",
     "CheckpointWriter": "dtruntime_torch.writer",
+    "DeltaPolicy": "dtruntime_torch.checkpoint.delta",
     "ElasticDistributedSampler": "dtruntime_torch.sampler",
+    "KeepBest": "dtruntime_torch.checkpoint.retention",
     "LocalBackend": "dtruntime_torch.storage",
     "MemoryBackend": "dtruntime_torch.storage",
     "PerRank": "dtruntime_torch.checkpoint.flatten",
+    "PruneReport": "dtruntime_torch.checkpoint.prune_plan",
+    "RetentionPolicy": "dtruntime_torch.checkpoint.retention",
+    "RetryPolicy": "dtruntime_torch.retry",
     "SaveHandle": "dtruntime_torch.checkpoint.handle",
     "SaveMetrics": "dtruntime_torch.checkpoint.handle",
     "StorageBackend": "dtruntime_torch.storage",
@@ -49,10 +58,15 @@ __all__ = [
     "CheckpointInfo",
     "CheckpointManager",
     "CheckpointWriter",
+    "DeltaPolicy",
     "ElasticDistributedSampler",
+    "KeepBest",
     "LocalBackend",
     "MemoryBackend",
     "PerRank",
+    "PruneReport",
+    "RetentionPolicy",
+    "RetryPolicy",
     "SaveHandle",
     "SaveMetrics",
     "StorageBackend",

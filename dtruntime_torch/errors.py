@@ -55,6 +55,10 @@ class CommitUnknown(DTRuntimeError, RuntimeError):
     """Storage never said whether the commit took effect; nothing was deleted."""
 
 
+class CleaningBlocked(DTRuntimeError, RuntimeError):
+    """Nothing is deleted as long as it is not known what is still needed; the message names the file that hides it."""
+
+
 class SaveFailed(DTRuntimeError, RuntimeError):
     """A save was given up before its commit; the message says which ranks failed and why."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from types import TracebackType
 from typing import get_args
 
@@ -11,15 +12,19 @@ from torch.distributed.distributed_c10d import ProcessGroup, Store
 
 from dtruntime_torch.checkpoint import catalog, restore
 from dtruntime_torch.checkpoint.arguments import check_step
+from dtruntime_torch.checkpoint.delta import DeltaPolicy
 from dtruntime_torch.checkpoint.handle import SaveHandle
 from dtruntime_torch.checkpoint.info import CheckpointInfo
 from dtruntime_torch.checkpoint.lineage import Lineage
 from dtruntime_torch.checkpoint.names import CommitKey, check_name
 from dtruntime_torch.checkpoint.objects import Json
+from dtruntime_torch.checkpoint.prune_plan import PruneReport
+from dtruntime_torch.checkpoint.retention import KeepBest, RetentionPolicy
 from dtruntime_torch.checkpoint.save import OnFailure, Saver
 from dtruntime_torch.checkpoint.verify import VerifyReport, find_commit, verify
 from dtruntime_torch.errors import CorruptCheckpoint, DTRuntimeError, InvalidArgument
 from dtruntime_torch.membership import join
+from dtruntime_torch.retry import RetryPolicy
 from dtruntime_torch.storage import StorageBackend, backend_for, run_sync
 
 logger = logging.getLogger(__name__)
@@ -34,7 +39,16 @@ class CheckpointManager:
     Args:
         storage: a local folder, or a storage backend. Nothing is made there before the first save.
         name: what the checkpoints are called, `[A-Za-z0-9._-]{1,100}` without a leading dot.
+        delta: True saves only the chunks that changed since the last committed save of this manager, and everything
+            now and then, as `DeltaPolicy` says; give one to choose. The first save after a load is full.
+        retry: how often a save is tried that storage failed, with which pauses; a later save and `close` wait for the
+            pauses too. None: a failed save is not tried again.
         chunk_bytes: bytes of a chunk, of which each has a digest.
+        keep_last_n: how many of the newest checkpoints stay, at least; None keeps all. What no argument keeps is
+            deleted after each save, but for files that a kept one needs.
+        keep_every_n_steps: those whose step is a multiple of this stay, too.
+        keep_best: those with the best values of a metric stay, too; see `KeepBest`.
+        pinned_steps: these steps stay, too.
         on_failure: what becomes of a failed save that nobody asked for by `result` or `await`. "warn": the next save
             warns of it and goes on; "raise": the next save raises its error, once, and is not taken. Either way it
             is logged, counted in `failed_saves`, and raised by `close`. Let it be the same on all ranks.
@@ -59,7 +73,13 @@ class CheckpointManager:
         storage: str | os.PathLike[str] | StorageBackend,
         name: str = "model",
         *,
+        delta: bool | DeltaPolicy = False,
+        retry: RetryPolicy | None = None,
         chunk_bytes: int = 1 << 20,
+        keep_last_n: int | None = 3,
+        keep_every_n_steps: int | None = None,
+        keep_best: KeepBest | None = None,
+        pinned_steps: Iterable[int] = (),
         on_failure: OnFailure = "warn",
         timeout: float = 600.0,
         process_group: ProcessGroup | None = None,
@@ -70,13 +90,21 @@ class CheckpointManager:
             raise InvalidArgument(f"chunk_bytes is {chunk_bytes}; choose from 4096 to {1 << 30}")
         if not timeout > 0:
             raise InvalidArgument(f"timeout is {timeout}; it is a positive number of seconds")
+        policy = RetentionPolicy(keep_last_n, keep_every_n_steps, keep_best, frozenset(pinned_steps))
         if on_failure not in get_args(OnFailure):
             raise InvalidArgument(f'on_failure is {on_failure!r}; it is "warn" or "raise"')
         self.name = name
         self._backend = backend_for(storage)
         self._members = join(process_group, store, timeout)
         self._lineage = Lineage()
-        self._saver = Saver(self._backend, name, self._members, self._lineage, chunk_bytes, on_failure)
+        if not isinstance(delta, (bool, DeltaPolicy)):
+            raise InvalidArgument(f"delta is {delta!r}; give True, False or a DeltaPolicy")
+        if not (retry is None or isinstance(retry, RetryPolicy)):
+            raise InvalidArgument(f"retry is {retry!r}; give a RetryPolicy or None")
+        deltas = (DeltaPolicy() if delta else None) if isinstance(delta, bool) else delta
+        self._saver = Saver(
+            self._backend, name, self._members, self._lineage, chunk_bytes, policy, deltas, retry, on_failure
+        )
         self._loads = 0
         self._closed = False
         self._process = os.getpid()
@@ -198,6 +226,26 @@ class CheckpointManager:
     def list(self) -> list[CheckpointInfo]:
         """Describes the checkpoints whose manifests are readable, oldest first; `verify` tells of the others."""
         return run_sync(_describe_all(self._backend, self.name))
+
+    def prune(self, dry_run: bool = False) -> PruneReport:
+        """Deletes on this process alone what is not to stay; call it on one rank.
+
+        What `keep_last_n` and the like do not keep has gone when a save ends, so this is for what was saved with
+        other arguments, and for what jobs left that died. It never deletes the newest checkpoint, and nothing at
+        all while a manifest cannot be understood. On a network file system it waits until other hosts see that
+        the commits are gone.
+
+        Args:
+            dry_run: delete nothing, only tell what would go.
+
+        Returns:
+            What went: `commits`, `attempts` and `nbytes`; and in `blocked` why something did not.
+
+        Raises:
+            StorageError: the storage failed; nothing was deleted.
+        """
+        self._check_open()
+        return self._saver.prune(dry_run)
 
     def verify(self, step: int | None = None) -> VerifyReport:
         """Reads every byte of a checkpoint on this process alone and checks it against its digests.

@@ -19,6 +19,7 @@ class CheckpointWriter:
 
     Args:
         storage: a local folder, or a storage backend.
+        keep_last_n: how many of the newest checkpoints of a name stay; None keeps all.
 
     Example:
         >>> import asyncio, tempfile
@@ -28,8 +29,11 @@ class CheckpointWriter:
         (3, 8)
     """
 
-    def __init__(self, storage: str | os.PathLike[str] | StorageBackend) -> None:
+    def __init__(
+        self, storage: str | os.PathLike[str] | StorageBackend, *, keep_last_n: int | None = 3
+    ) -> None:
         self._backend = backend_for(storage)
+        self._keep_last_n = keep_last_n
         self._managers: dict[str, CheckpointManager] = {}
         self._lock = threading.Lock()
 
@@ -50,5 +54,7 @@ class CheckpointWriter:
     def _start(self, name: str, step: int, data: object) -> SaveHandle:
         with self._lock:
             if name not in self._managers:
-                self._managers[name] = CheckpointManager(self._backend, name, store=HashStore())
+                self._managers[name] = CheckpointManager(
+                    self._backend, name, keep_last_n=self._keep_last_n, store=HashStore()
+                )
             return self._managers[name].save_async(data, step)

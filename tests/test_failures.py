@@ -62,6 +62,7 @@ def calls_of_a_save() -> list[tuple[str, str]]:
 
 
 CALLS = calls_of_a_save()
+COMMIT = CALLS.index(("create", "model/commits/0002-00000002.json")) + 1
 
 
 def save_and_die(folder: Path, nth: int) -> None:
@@ -77,7 +78,7 @@ def test_a_kill_before_any_call_loses_nothing_committed(tmp_path, nth):
     child.start()
     child.join(60)
     assert child.exitcode == 137
-    assert load_newest(LocalBackend(tmp_path)) == 1
+    assert load_newest(LocalBackend(tmp_path)) == (1 if nth <= COMMIT else 2)
     save(LocalBackend(tmp_path), 3)
     assert load_newest(LocalBackend(tmp_path)) == 3
 
@@ -313,7 +314,7 @@ def test_a_damaged_newest_step_is_saved_again(tmp_path):
     assert load_newest(LocalBackend(tmp_path)) == 2
 
 
-def test_a_commit_that_another_incarnation_voided_is_lost_and_deletes_nothing(tmp_path):
+def test_a_commit_that_another_incarnation_voided_is_lost_and_its_files_are_deleted(tmp_path):
     # What a sweep of a later incarnation does: it makes the commit impossible before it deletes.
     from dtruntime_torch.checkpoint.manifest import Commit, encode_commit
 
@@ -328,7 +329,9 @@ def test_a_commit_that_another_incarnation_voided_is_lost_and_deletes_nothing(tm
     backend.when("create", "*/commits/*", voided)
     with pytest.raises(CommitConflict):
         save(backend, 1)
-    assert not [call for call in backend.calls if call[0] == "delete"]
+    deleted = [path for operation, path in backend.calls if operation == "delete"]
+    assert deleted[0].endswith("/manifest.json")
+    assert not list(tmp_path.glob("model/step-*"))
 
 
 def test_a_script_that_ends_without_close_finishes_its_save(tmp_path):

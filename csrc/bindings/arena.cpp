@@ -42,6 +42,7 @@ void resize(ArenaObject& object, int64_t nbytes) {
   const Status status = without_gil([&] { return object.arena.resize(wanted); });
   object.resizing = false;
   raise_if_failed(status);
+  ++object.resizes;
 }
 
 void populate(py::object self, int64_t threads) {
@@ -99,6 +100,7 @@ void bind_arena(py::module_& module) {
       .def_property_readonly("pinned", [](const ArenaObject& object) { return object.arena.pinned(); })
       .def_property_readonly("pin_refusal", &pin_refusal)
       .def_property_readonly("nbytes", [](const ArenaObject& object) { return object.arena.nbytes(); })
+      .def_property_readonly("resizes", [](const ArenaObject& object) { return object.resizes; })
       .def_property_readonly("address", [](const ArenaObject& object) {
         return reinterpret_cast<uintptr_t>(object.arena.address());
       });

@@ -81,7 +81,7 @@ auto without_gil(Work&& work) {
 void raise_if_failed(const Status& status, PyObject* path = nullptr, PyObject* target = nullptr);
 
 // What Python calls an Arena. Views of it keep it alive and are counted in `exports`; none can be had while
-// it is being resized. Both under the GIL.
+// it is being resized. All under the GIL.
 struct ArenaObject {
   ArenaObject() = default;
   explicit ArenaObject(ArenaOptions options) : arena(options) {}
@@ -89,6 +89,7 @@ struct ArenaObject {
   Arena arena;
   Py_ssize_t exports = 0;
   bool resizing = false;
+  size_t resizes = 0;  // how often it was resized since it was made
 };
 
 // The bytes of a path: str, bytes or os.PathLike, without NUL.

@@ -7,6 +7,7 @@
 #include <set>
 #include <stdexcept>
 
+#include "../core/xxh3.h"
 #include "bindings.h"
 
 namespace dtruntime::bindings {
@@ -25,13 +26,29 @@ std::set<std::shared_ptr<CopyJob>>& running() {
   return *jobs;
 }
 
+void check_known(const std::vector<uint8_t>& known, std::span<const Copy> copies, size_t chunk_bytes) {
+  const size_t expected = kXxh3DigestBytes * ChunkList(targets_of(copies), chunk_bytes).size();
+  if (known.size() == expected) return;
+  throw py::value_error("known must hold " + std::to_string(expected) +
+                        " bytes, 16 for each chunk, and holds " + std::to_string(known.size()));
+}
+
+std::optional<std::vector<uint8_t>> bytes_of(const std::optional<py::object>& object) {
+  if (!object) return std::nullopt;
+  const Buffer buffer(*object);
+  return std::vector<uint8_t>(buffer.bytes().begin(), buffer.bytes().end());
+}
+
 // A job and its hold on the arena, which it lets go of once it has been seen to be done.
 class CopyJobObject {
  public:
-  CopyJobObject(py::handle arena, std::vector<Copy> copies, size_t chunk_bytes, unsigned threads) {
+  CopyJobObject(py::handle arena, std::vector<Copy> copies, size_t chunk_bytes, unsigned threads,
+                std::optional<std::vector<uint8_t>> known) {
     buffer_.emplace(arena, Buffer::Access::kWrite);
     raise_if_failed(check_copies(buffer_->bytes(), copies, chunk_bytes));
-    job_ = std::make_shared<CopyJob>(buffer_->bytes(), std::move(copies), chunk_bytes, threads);
+    if (known) check_known(*known, copies, chunk_bytes);
+    job_ = std::make_shared<CopyJob>(buffer_->bytes(), std::move(copies), chunk_bytes, threads,
+                                     std::move(known).value_or(std::vector<uint8_t>{}));
     running().insert(job_);
   }
   ~CopyJobObject() {
@@ -64,11 +81,13 @@ void cancel_all() {
 
 std::unique_ptr<CopyJobObject> start(py::object arena, const std::vector<uintptr_t>& sources,
                                      const std::vector<int64_t>& lengths, const std::vector<int64_t>& offsets,
-                                     int64_t chunk_bytes, int64_t threads) {
+                                     int64_t chunk_bytes, int64_t threads,
+                                     const std::optional<py::object>& known) {
   if (!py::isinstance<ArenaObject>(arena)) throw py::type_error("the target must be an Arena");
   (void)find_variant(std::nullopt);  // refused here, and not by a thread that can tell nobody
   return std::make_unique<CopyJobObject>(arena, make_copies(sources, lengths, offsets),
-                                         check_size(chunk_bytes, "chunk_bytes"), check_threads(threads));
+                                         check_size(chunk_bytes, "chunk_bytes"), check_threads(threads),
+                                         bytes_of(known));
 }
 
 [[noreturn]] void raise_dead(Outcome outcome) {
@@ -118,13 +137,16 @@ py::bytes digests(CopyJobObject& self) {
 void bind_copy_job(py::module_& module) {
   py::class_<CopyJobObject>(module, "CopyJob")
       .def(py::init(&start), py::arg("arena"), py::arg("sources"), py::arg("lengths"), py::arg("offsets"),
-           py::arg("chunk_bytes"), py::arg("threads") = 0)
+           py::arg("chunk_bytes"), py::arg("threads") = 0, py::arg("known") = py::none())
       .def("wait", &wait, py::arg("copies") = py::none(), py::arg("timeout") = py::none())
       .def("cancel", &CopyJobObject::cancel)
       .def("digests", &digests)
       .def_property_readonly("done", &CopyJobObject::done)
       .def_property_readonly("nbytes", [](CopyJobObject& self) { return self.job().nbytes(); })
-      .def_property_readonly("nbytes_done", [](CopyJobObject& self) { return self.job().nbytes_done(); });
+      .def_property_readonly("nbytes_done", [](CopyJobObject& self) { return self.job().nbytes_done(); })
+      .def_property_readonly("nbytes_copied", [](CopyJobObject& self) { return self.job().nbytes_copied(); })
+      .def_property_readonly("chunks_skipped",
+                             [](CopyJobObject& self) { return self.job().chunks_skipped(); });
   py::module_::import("atexit").attr("register")(py::cpp_function(&cancel_all));
 }
 

@@ -1,6 +1,7 @@
 #include "copy_job.h"
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
 #include "xxh3.h"
@@ -17,13 +18,15 @@ CopyJob::Helping::~Helping() {
   if (--shared_.helpers == 0) shared_.changed.notify_all();
 }
 
-CopyJob::CopyJob(std::span<uint8_t> arena, std::vector<Copy> copies, size_t chunk_bytes, unsigned threads)
+CopyJob::CopyJob(std::span<uint8_t> arena, std::vector<Copy> copies, size_t chunk_bytes, unsigned threads,
+                 std::vector<uint8_t> known)
     : arena_(arena),
       copies_(std::move(copies)),
       targets_(targets_of(copies_)),
       chunks_(targets_, chunk_bytes),
       chunk_bytes_(chunk_bytes),
       stores_(stores_for(chunks_.nbytes())),
+      known_(std::move(known)),
       digests_(chunks_.size() * kXxh3DigestBytes),
       progress_(copies_.size()) {
   for (size_t copy = 0; copy < size(); ++copy) progress_[copy].left = chunks_of(copy);
@@ -95,12 +98,27 @@ void CopyJob::do_chunks(size_t copy, Clock::time_point deadline) {
 void CopyJob::do_chunk(size_t copy, size_t index) {
   const size_t start = index * chunk_bytes_;
   const size_t length = std::min(chunk_bytes_, targets_[copy].length - start);
-  copy_digest_chunk(arena_.data() + targets_[copy].offset + start, copies_[copy].source + start, length,
-                    digests_.data() + (chunks_.first_of(copy) + index) * kXxh3DigestBytes, stores_);
+  const uint8_t* source = copies_[copy].source + start;
+  const size_t chunk = chunks_.first_of(copy) + index;
+  if (is_there(source, length, chunk)) {
+    chunks_skipped_.fetch_add(1, std::memory_order_relaxed);
+  } else {
+    // Digests again, in the pass that copies: the source may have changed since it was looked at.
+    copy_digest_chunk(arena_.data() + targets_[copy].offset + start, source, length,
+                      digests_.data() + chunk * kXxh3DigestBytes, stores_);
+    nbytes_copied_.fetch_add(length, std::memory_order_relaxed);
+  }
   nbytes_done_.fetch_add(length, std::memory_order_relaxed);
   if (progress_[copy].left.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
   std::lock_guard lock(shared_->mutex);
   shared_->changed.notify_all();
+}
+
+bool CopyJob::is_there(const uint8_t* source, size_t length, size_t chunk) {
+  if (known_.empty()) return false;
+  uint8_t* digest = digests_.data() + chunk * kXxh3DigestBytes;
+  digest_chunk(source, length, digest);
+  return memcmp(digest, known_.data() + chunk * kXxh3DigestBytes, kXxh3DigestBytes) == 0;
 }
 
 }  // namespace dtruntime

@@ -1,4 +1,5 @@
-// Copying memory into an arena and digesting what arrives, in the background.
+// Copying memory into an arena and digesting what arrives, in the background; what is there already is not
+// copied again.
 #pragma once
 
 #include <atomic>
@@ -32,9 +33,12 @@ class CopyJob {
   enum class Outcome { kDone, kTimeout, kCancelled, kForked };
 
   // Copies into `arena`, which must outlive it. `threads` work in the background (0: default_threads();
-  // at most kMostThreads); where none can be started, only wait() makes progress. REQUIRES: check_copies
-  // holds; no source overlaps a target.
-  CopyJob(std::span<uint8_t> arena, std::vector<Copy> copies, size_t chunk_bytes, unsigned threads);
+  // at most kMostThreads); where none can be started, only wait() makes progress. `known` holds the digests
+  // of what the targets hold now, 16 bytes a chunk in the order of a ChunkList: a chunk whose source has its
+  // digest is not written. Empty: nothing is known, and all is copied.
+  // REQUIRES: check_copies holds; no source overlaps a target; known is true.
+  CopyJob(std::span<uint8_t> arena, std::vector<Copy> copies, size_t chunk_bytes, unsigned threads,
+          std::vector<uint8_t> known = {});
   ~CopyJob();
   CopyJob(const CopyJob&) = delete;
   CopyJob& operator=(const CopyJob&) = delete;
@@ -51,9 +55,13 @@ class CopyJob {
   bool done() const;
   bool cancelled() const { return cancelled_; }
   size_t nbytes() const { return chunks_.nbytes(); }
+  // Bytes that are in the arena, copied or found there.
   size_t nbytes_done() const { return nbytes_done_.load(std::memory_order_relaxed); }
+  // Bytes that were written, and the chunks that were not.
+  size_t nbytes_copied() const { return nbytes_copied_.load(std::memory_order_relaxed); }
+  size_t chunks_skipped() const { return chunks_skipped_.load(std::memory_order_relaxed); }
 
-  // 16 bytes a chunk, in the order of a ChunkList. REQUIRES: done().
+  // Of what is in the arena, all of it: 16 bytes a chunk, in the order of a ChunkList. REQUIRES: done().
   std::span<const uint8_t> digests() const { return digests_; }
 
  private:
@@ -89,6 +97,8 @@ class CopyJob {
   void do_all();
   void do_chunks(size_t copy, Clock::time_point deadline);
   void do_chunk(size_t copy, size_t index);
+  // Stores the digest of a chunk if that is the known one.
+  bool is_there(const uint8_t* source, size_t length, size_t chunk);
 
   const uint64_t forks_ = forks();
   const std::span<uint8_t> arena_;
@@ -98,9 +108,12 @@ class CopyJob {
   const size_t chunk_bytes_;
   const Stores stores_;
   unsigned helping_ = 0;  // threads, the calling one included, that wait() works with
+  const std::vector<uint8_t> known_;
   std::vector<uint8_t> digests_;
   std::vector<Progress> progress_;
   std::atomic<size_t> nbytes_done_{0};
+  std::atomic<size_t> nbytes_copied_{0};
+  std::atomic<size_t> chunks_skipped_{0};
   std::atomic<bool> cancelled_{false};
   std::unique_ptr<Shared> shared_;
 };

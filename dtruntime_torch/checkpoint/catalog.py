@@ -21,7 +21,7 @@ from dtruntime_torch.checkpoint.manifest import (
 )
 from dtruntime_torch.checkpoint.names import CommitKey
 from dtruntime_torch.errors import CheckpointNotFound, CorruptCheckpoint, Damage, NotFound
-from dtruntime_torch.storage.backend import StorageBackend
+from dtruntime_torch.storage.backend import Entry, StorageBackend
 
 R = TypeVar("R")
 
@@ -51,6 +51,32 @@ async def generations(backend: StorageBackend, name: str) -> list[int]:
     listed = await backend.list(names.generations_folder(name))
     found = (names.parse_generation(entry.path) for entry in listed)
     return sorted(number for number in found if number is not None)
+
+
+async def attempt_files(backend: StorageBackend, name: str) -> dict[str, list[Entry]]:
+    """Lists what lies in the folder of each attempt: its path, relative to the checkpoint's -> its files.
+
+    Args:
+        backend: where the checkpoint lies.
+        name: of the checkpoint.
+    """
+    return _by_attempt(name, await backend.list(names.attempts_prefix(name)))
+
+
+async def unfinished_files(backend: StorageBackend, name: str) -> dict[str, list[Entry]]:
+    """Lists what writes left behind that never ended, as `attempt_files` does."""
+    return _by_attempt(name, await backend.unfinished(names.attempts_prefix(name)))
+
+
+async def manifests(backend: StorageBackend, name: str) -> list[str]:
+    """Lists the attempts that have a manifest, committed or not, by their paths and in their order."""
+    listed = await attempt_files(backend, name)
+    return [attempt for attempt, files in listed.items() if has_manifest(files)]
+
+
+def has_manifest(files: Sequence[Entry]) -> bool:
+    """Whether there is a manifest among the files of an attempt."""
+    return any(file.path.endswith(f"/{names.MANIFEST}") for file in files)
 
 
 async def read_commit(backend: StorageBackend, name: str, key: CommitKey) -> Commit:
@@ -159,6 +185,15 @@ async def pick(
         )
 
     return await _look(backend, name, choose)
+
+
+def _by_attempt(name: str, entries: Sequence[Entry]) -> dict[str, list[Entry]]:
+    found: dict[str, list[Entry]] = {}
+    for entry in entries:
+        attempt = entry.path.removeprefix(f"{name}/").rpartition("/")[0]
+        if names.parse_attempt(attempt) is not None:
+            found.setdefault(attempt, []).append(entry)
+    return found
 
 
 async def _look(

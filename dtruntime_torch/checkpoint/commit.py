@@ -172,6 +172,30 @@ async def commit(
     return Outcome("lost", f"{message}; load the newest checkpoint to go on from there", sha256, answered)
 
 
+async def forbid(
+    backend: StorageBackend, name: str, key: CommitKey, patience: Patience = Patience()
+) -> Commit:
+    """Makes sure that nothing is committed under a key any more, unless something is already.
+
+    Args:
+        backend: where the checkpoint lies.
+        name: of the checkpoint.
+        key: of the commit.
+        patience: with unknown outcomes.
+
+    Returns:
+        What is there, and durable: a void, or what was committed before.
+
+    Raises:
+        StorageError: what is there was not known in time.
+        CorruptCheckpoint: what is there is no commit.
+    """
+    void = Commit(name, *key, "", "", void=True)
+    path = names.commit_path(name, key)
+    there, _ = await _make_sure(backend, path, encode_commit(void), decode_commit, patience)
+    return there
+
+
 async def _claim(
     backend: StorageBackend, name: str, generation: int, run_id: str, patience: Patience
 ) -> bool:

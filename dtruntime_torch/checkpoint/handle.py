@@ -18,6 +18,9 @@ class SaveMetrics:
 
     Attributes:
         staged_bytes: bytes copied into the arena.
+        skipped_chunks: chunks that were not copied, for the arena had them already.
+        changed_bytes: bytes of the chunks that differ from the last committed save; all, if that has another structure
+            or was not saved by this manager.
         written_bytes: bytes of the data file that this rank wrote.
         wait_seconds: how long the call waited for the save before it.
         staging_seconds: how long copying and digesting took.
@@ -27,6 +30,8 @@ class SaveMetrics:
     """
 
     staged_bytes: int = 0
+    skipped_chunks: int = 0
+    changed_bytes: int = 0
     written_bytes: int = 0
     wait_seconds: float = 0.0
     staging_seconds: float = 0.0

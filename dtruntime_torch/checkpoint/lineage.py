@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dtruntime_torch.checkpoint.delta import Base
+from dtruntime_torch.checkpoint.layout import Layout
 from dtruntime_torch.checkpoint.names import CommitKey
 from dtruntime_torch.errors import InvalidArgument
 
 
 @dataclass(slots=True)
 class Lineage:
-    """Where the next save of a manager stands; every rank keeps the same.
+    """Where the next save of a manager stands; every rank keeps the same, but for its own part in `base`.
 
     Attributes:
         loaded: whether a checkpoint was loaded, so that saves go on from it.
@@ -18,6 +20,7 @@ class Lineage:
         generation: claimed for this line, or None before its first save.
         parent: the last commit that this manager knows of.
         last_step: the highest step of this generation whose commit is decided or unknown.
+        base: this rank's part of `parent`, against which the next delta is; None if this manager did not save that.
     """
 
     loaded: bool = False
@@ -25,6 +28,7 @@ class Lineage:
     generation: int | None = None
     parent: CommitKey | None = None
     last_step: int = -1
+    base: Base | None = None
 
     def follow(self, loaded: CommitKey, newest: CommitKey) -> None:
         """Goes on from a checkpoint; the next save claims a generation of its own.
@@ -34,7 +38,15 @@ class Lineage:
             newest: the newest commit that there was at that time.
         """
         self.loaded, self.seen, self.parent = True, newest, loaded
-        self.generation, self.last_step = None, -1
+        self.generation, self.last_step, self.base = None, -1, None
+
+    def deltas_with(self, full: bool) -> int:
+        """How many deltas there are since the last full save, one more counted that is `full` or not."""
+        return 0 if full or self.base is None else self.base.deltas + 1
+
+    def base_of(self, layout: Layout) -> Base | None:
+        """The base of an image with that layout; None if it has none and is to be saved in full."""
+        return self.base if self.base is not None and self.base.layout == layout else None
 
     def check_step(self, step: int) -> None:
         """Refuses a step that does not rise.

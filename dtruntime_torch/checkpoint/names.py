@@ -157,6 +157,30 @@ def attempt_path(name: str, attempt: Attempt) -> str:
     return f"{check_name(name)}/{attempt.path}"
 
 
+def attempts_prefix(name: str) -> str:
+    """What the folders of all attempts start with, relative to the root of the storage.
+
+    Example:
+        >>> attempts_prefix("model")
+        'model/step-'
+    """
+    return f"{check_name(name)}/step-"
+
+
+def manifest_path(name: str, attempt: str) -> str:
+    """The manifest of an attempt, relative to the root of the storage.
+
+    Args:
+        name: of the checkpoint.
+        attempt: the path of its folder, relative to the checkpoint's.
+
+    Example:
+        >>> manifest_path("model", "step-00000100/0007-1")
+        'model/step-00000100/0007-1/manifest.json'
+    """
+    return f"{check_name(name)}/{attempt}/{MANIFEST}"
+
+
 def shard_file_name(rank: int, world_size: int, suffix: str) -> str:
     """The name of one rank's file in an attempt's folder.
 

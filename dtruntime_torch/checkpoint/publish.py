@@ -1,7 +1,9 @@
 """The second half of a save: a staged snapshot becomes a durable part, and all parts one commit.
 
 It runs in the background, on every rank. Open the attempt, write the part, arrive; the leader decides and
-commits; everybody learns how it ended. Arriving is irrevocable: from there on only the leader's word counts.
+commits; everybody learns how it ended. Arriving is irrevocable: from there on only the leader's word counts. It may
+be that all go on with another try, in a folder of its own: because a delta's parent is gone, because ranks do not
+know the same parent, or because storage failed and the policy allows it.
 """
 
 from __future__ import annotations
@@ -9,24 +11,21 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
-
-import torch
 
 from dtruntime_torch import errors
-from dtruntime_torch._version import __version__
-from dtruntime_torch.checkpoint import commit, shard_file
-from dtruntime_torch.checkpoint.handle import SaveMetrics
+from dtruntime_torch.checkpoint import shard_file
+from dtruntime_torch.checkpoint.delta import Base, Delta, DeltaPolicy, make_delta
 from dtruntime_torch.checkpoint.info import CheckpointInfo
-from dtruntime_torch.checkpoint.layout import Layout
+from dtruntime_torch.checkpoint.leader import Leader
 from dtruntime_torch.checkpoint.lineage import Lineage
-from dtruntime_torch.checkpoint.manifest import Manifest, PartRef
-from dtruntime_torch.checkpoint.names import Attempt, CommitKey
-from dtruntime_torch.checkpoint.objects import Json
-from dtruntime_torch.checkpoint.specs import SavePlan
+from dtruntime_torch.checkpoint.manifest import Commit, Part
+from dtruntime_torch.checkpoint.messages import Answer, Arrival
+from dtruntime_torch.checkpoint.names import Attempt
+from dtruntime_torch.checkpoint.prune_plan import PruneReport
+from dtruntime_torch.checkpoint.retention import KEEP_ALL, RetentionPolicy
+from dtruntime_torch.checkpoint.snapshot import Snapshot
 from dtruntime_torch.errors import (
     BarrierTimeout,
     CommitConflict,
@@ -36,40 +35,29 @@ from dtruntime_torch.errors import (
     StoreUnreachable,
 )
 from dtruntime_torch.membership import Membership
+from dtruntime_torch.retry import RetryPolicy
 from dtruntime_torch.storage import StorageBackend, run_sync
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
-    """A state as it was when the save was called.
+class Try:
+    """What one rank wrote in one try.
 
     Attributes:
-        key: the save's prefix in the Store.
-        step: the training step.
-        plan: what this rank writes.
-        layout: where it lies in `image`.
-        image: the data file, ready to be written; unchanged until the save has ended.
-        digests: of its chunks, in the order of the layout.
-        chunk_bytes: bytes of a chunk.
-        values: fqn -> encoded object, for the objects of the plan.
-        metadata: the user's.
-        metrics: to be filled in.
-        attempt: where it goes, if that was opened before it was taken.
+        attempt: where to.
+        delta: it was to be a delta.
+        arrival: what this rank says of it.
+        part: its part.
+        failure: why there is none.
     """
 
-    key: str
-    step: int
-    plan: SavePlan
-    layout: Layout
-    image: memoryview
-    digests: bytes
-    chunk_bytes: int
-    values: Mapping[str, Json]
-    metadata: Json
-    metrics: SaveMetrics
-    attempt: Attempt | None
+    attempt: Attempt
+    delta: bool
+    arrival: Arrival
+    part: Part | None = None
+    failure: Exception | None = None
 
 
 class Publisher:
@@ -80,14 +68,28 @@ class Publisher:
         name: under which name.
         members: the ranks that save together.
         lineage: read for the generation and the parent, advanced by every save that ends.
+        policy: which checkpoints stay.
+        delta: when to save in full; None: always.
+        retry: how often a save that storage failed is tried.
     """
 
-    def __init__(self, backend: StorageBackend, name: str, members: Membership, lineage: Lineage) -> None:
+    def __init__(
+        self,
+        backend: StorageBackend,
+        name: str,
+        members: Membership,
+        lineage: Lineage,
+        policy: RetentionPolicy = KEEP_ALL,
+        delta: DeltaPolicy | None = None,
+        retry: RetryPolicy | None = None,
+    ) -> None:
         self._backend = backend
         self._name = name
         self._members = members
         self._lineage = lineage
-        self._tries: Counter[CommitKey] = Counter()
+        self._leader = Leader(backend, name, members, lineage, policy, delta)
+        self._delta = delta
+        self._retry = RetryPolicy(attempts=1) if retry is None else retry
         self._leftovers: list[Attempt] = []
 
     def open(self, key: str, step: int) -> Attempt:
@@ -105,7 +107,9 @@ class Publisher:
         barrier = self._members.barrier
         # A rank that waits elsewhere for this one learns from it that it waits in vain.
         barrier.begin(f"{key}/commit")
-        attempt = Attempt(**json.loads(barrier.announce(f"{key}/attempt", lambda: self._name_attempt(step))))
+        attempt = Attempt(
+            **json.loads(barrier.announce(f"{key}/attempt", lambda: _encode(self._leader.name_attempt(step))))
+        )
         self._lineage.generation = attempt.generation
         return attempt
 
@@ -126,10 +130,14 @@ class Publisher:
                 barrier.decline(f"{key}/attempt", refusal)
                 barrier.decline(f"{key}/commit", refusal)
             else:
-                barrier.decline(f"{key}/commit", _failed_arrival(error))
+                barrier.decline(f"{key}/commit", Arrival.failed(error, passing=False).encode())
         except StoreUnreachable as unheard:
             # What went wrong first is what the caller has to know.
             logger.warning("the other ranks could not be told that this one failed: %s", unheard)
+
+    def prune(self, dry_run: bool) -> PruneReport:
+        """As `Leader.prune`, on this process alone; while nothing is being saved."""
+        return self._leader.prune(dry_run)
 
     def publish(self, snapshot: Snapshot) -> CheckpointInfo:
         """Writes this rank's part and waits for the commit.
@@ -141,121 +149,116 @@ class Publisher:
             CommitUnknown: storage never said whether the commit took effect; nothing is deleted.
         """
         self._clean_up()
-        try:
-            attempt = snapshot.attempt or self.open(snapshot.key, snapshot.step)
-            arrival, failure = self._write(snapshot, attempt)
-        except BaseException as error:
-            self.decline(snapshot.key, error)
-            raise
+        key, attempt, delta = snapshot.key, snapshot.attempt, snapshot.delta
+        delays = self._retry.delays()
+        while True:
+            try:
+                attempt = attempt or self.open(key, snapshot.step)
+                tried = self._write(snapshot, attempt, delta)
+            except BaseException as error:
+                self.decline(key, error)
+                raise
+            answer = self._meet(key, snapshot, tried, delays)
+            if answer.delete:
+                self._give_back(attempt)
+            if answer.kind != "again" or answer.attempt is None:
+                return self._conclude(snapshot, tried, answer)
+            logger.warning("step %d is saved once more: %s", snapshot.step, answer.message)
+            time.sleep(answer.delay)
+            attempt, delta = answer.attempt, not answer.full
+            key = f"{snapshot.key}/{attempt.number}"
+
+    def _write(self, snapshot: Snapshot, attempt: Attempt, delta: bool) -> Try:
+        """Makes this rank's part durable."""
         began = time.perf_counter()
         try:
-            answer = self._members.barrier.meet(
-                f"{snapshot.key}/commit", arrival, lambda values: self._decide(snapshot, attempt, values)
+            part, arrival = self._write_part(snapshot, attempt, delta)
+        except Exception as error:
+            # What the system refuses may pass, as a full disk does.
+            return Try(
+                attempt, delta, Arrival.failed(error, passing=isinstance(error, OSError)), failure=error
             )
+        finally:
+            snapshot.metrics.writing_seconds += time.perf_counter() - began
+        return Try(attempt, delta, arrival, part)
+
+    def _write_part(self, snapshot: Snapshot, attempt: Attempt, as_delta: bool) -> tuple[Part, Arrival]:
+        if attempt.step != snapshot.step:
+            raise InvalidArgument(f"it saves step {snapshot.step} while rank 0 saves step {attempt.step}")
+        base, metrics = snapshot.base, snapshot.metrics
+        changes = None if base is None else _compare(snapshot, base)
+        delta = changes if as_delta else None
+        if snapshot.delta and delta is None:
+            # Most of this was not copied just now, and was last looked at when it was.
+            snapshot.check_image()
+        shard = run_sync(
+            shard_file.write_shard(
+                self._backend,
+                self._name,
+                attempt,
+                snapshot.plan,
+                snapshot.layout,
+                snapshot.image,
+                snapshot.digests,
+                snapshot.chunk_bytes,
+                snapshot.values,
+                delta,
+            )
+        )
+        metrics.written_bytes = shard.ref.data_length
+        metrics.changed_bytes = snapshot.nbytes if changes is None else changes.changed_bytes
+        arrival = Arrival(
+            part=shard.ref,
+            nbytes=snapshot.nbytes,
+            changed_bytes=0 if changes is None else changes.changed_bytes,
+            files=len(shard.part.files),
+            uses=tuple({file.path.rpartition("/")[0]: None for file in shard.part.files}),
+            base=None if base is None or delta is None else base.commit.manifest_sha256,
+        )
+        return shard.part, arrival
+
+    def _meet(self, key: str, snapshot: Snapshot, tried: Try, delays: Iterator[float]) -> Answer:
+        """Arrives, and learns from the leader how this try went."""
+
+        def act(values: Sequence[bytes]) -> bytes:
+            arrivals = [Arrival.decode(value) for value in values]
+            return self._leader.decide(
+                tried.attempt, tried.delta, snapshot.metadata, arrivals, delays
+            ).encode()
+
+        began = time.perf_counter()
+        try:
+            return Answer.decode(self._members.barrier.meet(f"{key}/commit", tried.arrival.encode(), act))
         except BarrierTimeout as error:
             if error.decided:
-                self._give_back(attempt)
+                self._give_back(tried.attempt)
             raise
         except SaveFailed:
             # The leader declined, so there will be no commit.
-            self._give_back(attempt)
+            self._give_back(tried.attempt)
             raise
         except Exception:
             # Nobody knows whether the leader came to the commit: this step is not tried again.
             self._lineage.last_step = snapshot.step
             raise
-        snapshot.metrics.commit_seconds = time.perf_counter() - began
-        return self._conclude(attempt, json.loads(answer), failure)
+        finally:
+            snapshot.metrics.commit_seconds += time.perf_counter() - began
 
-    def _name_attempt(self, step: int) -> bytes:
-        """Claims a generation if there is none yet, and a folder that no other attempt has; on the leader."""
-        lineage, name = self._lineage, self._name
-        if lineage.generation is None:
-            lineage.generation = run_sync(
-                commit.claim_generation(
-                    self._backend, name, self._members.run_id, lineage.seen, lineage.loaded, step
-                )
-            )
-        else:
-            run_sync(commit.check_not_replaced(self._backend, name, lineage.generation))
-        key = CommitKey(lineage.generation, step)
-        self._tries[key] += 1
-        return json.dumps(asdict(Attempt(*key, self._tries[key]))).encode()
-
-    def _write(self, snapshot: Snapshot, attempt: Attempt) -> tuple[bytes, Exception | None]:
-        """Makes this rank's part durable; returns what to say on arrival, and why it failed if it did."""
-        began = time.perf_counter()
-        try:
-            if attempt.step != snapshot.step:
-                raise InvalidArgument(f"it saves step {snapshot.step} while rank 0 saves step {attempt.step}")
-            part = run_sync(
-                shard_file.write_shard(
-                    self._backend,
-                    self._name,
-                    attempt,
-                    snapshot.plan,
-                    snapshot.layout,
-                    snapshot.image,
-                    snapshot.digests,
-                    snapshot.chunk_bytes,
-                    snapshot.values,
-                )
-            )
-        except Exception as error:
-            return _failed_arrival(error), error
-        snapshot.metrics.writing_seconds = time.perf_counter() - began
-        snapshot.metrics.written_bytes = snapshot.layout.length
-        nbytes = sum(slot.nbytes for slot in snapshot.layout.slots)
-        return json.dumps({"part": asdict(part), "nbytes": nbytes}).encode(), None
-
-    def _decide(self, snapshot: Snapshot, attempt: Attempt, values: Sequence[bytes]) -> bytes:
-        """Commits if every rank made its part durable; on the leader, once all have arrived."""
-        arrivals = [json.loads(value) for value in values]
-        failures = [
-            f"rank {rank}: {arrival['error']['message']}"
-            for rank, arrival in enumerate(arrivals)
-            if "error" in arrival
-        ]
-        if failures:
-            return _outcome("aborted", f"the save of step {attempt.step} was given up: {'; '.join(failures)}")
-        manifest = Manifest(
-            name=self._name,
-            generation=attempt.generation,
-            step=attempt.step,
-            attempt=attempt.path,
-            run_id=self._members.run_id,
-            parent=self._lineage.parent,
-            world_size=self._members.world_size,
-            full=True,
-            uses=(attempt.path,),
-            requires=(),
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            versions={"dtruntime_torch": __version__, "torch": str(torch.__version__)},
-            metadata=snapshot.metadata,
-            nbytes=sum(arrival["nbytes"] for arrival in arrivals),
-            written=sum(arrival["part"]["data_length"] for arrival in arrivals),
-            parts=tuple(PartRef(**arrival["part"]) for arrival in arrivals),
-        )
-        # Altogether less than the others wait for the answer.
-        share = self._members.barrier.timeout / 4
-        patience = commit.Patience(seconds=min(60.0, share), call_seconds=min(30.0, share))
-        outcome = run_sync(commit.commit(self._backend, manifest, patience))
-        return _outcome(outcome.kind, outcome.message, CheckpointInfo.of(manifest, outcome.manifest_sha256))
-
-    def _conclude(
-        self, attempt: Attempt, answer: dict[str, Json], failure: Exception | None
-    ) -> CheckpointInfo:
-        kind, message = answer["kind"], str(answer["message"])
-        if kind == "aborted":
-            self._give_back(attempt)
-            raise SaveFailed(message) from failure
-        self._lineage.last_step = attempt.step
-        if kind == "lost":
-            raise CommitConflict(message)
-        if kind == "unknown":
-            raise CommitUnknown(message)
-        info = CheckpointInfo(**answer["info"])  # type: ignore[arg-type]
-        self._lineage.parent = info.key
+    def _conclude(self, snapshot: Snapshot, tried: Try, answer: Answer) -> CheckpointInfo:
+        if answer.kind == "aborted":
+            raise SaveFailed(answer.message) from tried.failure
+        lineage = self._lineage
+        lineage.last_step = snapshot.step
+        if answer.kind == "lost":
+            raise CommitConflict(answer.message)
+        if answer.kind == "unknown" or answer.info is None:
+            raise CommitUnknown(answer.message)
+        info = answer.info
+        lineage.parent = info.key
+        if self._delta is not None and tried.part is not None:
+            there = Commit(info.name, *info.key, tried.attempt.path, info.sha256)
+            deltas = lineage.deltas_with(info.full)
+            lineage.base = Base(there, tried.part, snapshot.layout, deltas, answer.full_next)
         return info
 
     def _give_back(self, attempt: Attempt) -> None:
@@ -277,13 +280,13 @@ class Publisher:
                 logger.warning("files of %s are left over, to be deleted later: %s", attempt.path, error)
                 remaining.append(attempt)
         self._leftovers = remaining
+        if self._members.rank == 0:
+            self._leader.clean_up()
 
 
-def _failed_arrival(error: BaseException) -> bytes:
-    return json.dumps({"error": errors.to_record(error)}).encode()
+def _encode(attempt: Attempt) -> bytes:
+    return json.dumps(asdict(attempt)).encode()
 
 
-def _outcome(kind: str, message: str, info: CheckpointInfo | None = None) -> bytes:
-    return json.dumps(
-        {"kind": kind, "message": message, "info": None if info is None else asdict(info)}
-    ).encode()
+def _compare(snapshot: Snapshot, base: Base) -> Delta:
+    return make_delta(base.part, snapshot.layout, snapshot.digests, len(shard_file.DELTA_HEADER))

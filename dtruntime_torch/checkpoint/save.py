@@ -20,6 +20,7 @@ from typing import Literal
 from dtruntime_torch import _C
 from dtruntime_torch.checkpoint import groups
 from dtruntime_torch.checkpoint.arguments import check_metadata, check_step
+from dtruntime_torch.checkpoint.delta import DeltaPolicy
 from dtruntime_torch.checkpoint.flatten import FlatState, flatten_state
 from dtruntime_torch.checkpoint.handle import SaveHandle, SaveMetrics
 from dtruntime_torch.checkpoint.health import Health
@@ -28,13 +29,17 @@ from dtruntime_torch.checkpoint.layout import Layout, make_layout
 from dtruntime_torch.checkpoint.lineage import Lineage
 from dtruntime_torch.checkpoint.locks import held
 from dtruntime_torch.checkpoint.objects import Json
-from dtruntime_torch.checkpoint.publish import Publisher, Snapshot
+from dtruntime_torch.checkpoint.prune_plan import PruneReport
+from dtruntime_torch.checkpoint.publish import Publisher
+from dtruntime_torch.checkpoint.retention import KEEP_ALL, RetentionPolicy
 from dtruntime_torch.checkpoint.save_plan import make_save_plan
+from dtruntime_torch.checkpoint.snapshot import Snapshot
 from dtruntime_torch.checkpoint.specs import FlatSpecs, SavePlan
 from dtruntime_torch.checkpoint.stager import Stager
 from dtruntime_torch.checkpoint.staging import make_room, stage
 from dtruntime_torch.errors import BarrierTimeout, CommitConflict, InvalidArgument
 from dtruntime_torch.membership import Membership
+from dtruntime_torch.retry import RetryPolicy
 from dtruntime_torch.storage import StorageBackend
 
 logger = logging.getLogger(__name__)
@@ -60,6 +65,9 @@ class Saver:
         members: the ranks that save together.
         lineage: where this manager stands.
         chunk_bytes: bytes of a chunk.
+        policy: which checkpoints stay.
+        delta: when to save in full; None: always.
+        retry: how often a save that storage failed is tried; None: once.
         on_failure: what becomes, at the next save, of a failure that nobody was told of.
 
     Attributes:
@@ -73,6 +81,9 @@ class Saver:
         members: Membership,
         lineage: Lineage,
         chunk_bytes: int,
+        policy: RetentionPolicy = KEEP_ALL,
+        delta: DeltaPolicy | None = None,
+        retry: RetryPolicy | None = None,
         on_failure: OnFailure = "warn",
     ) -> None:
         self.health = Health()
@@ -80,7 +91,7 @@ class Saver:
         self._members = members
         self._lineage = lineage
         self._chunk_bytes = chunk_bytes
-        self._publisher = Publisher(backend, name, members, lineage)
+        self._publisher = Publisher(backend, name, members, lineage, policy, delta, retry)
         self._stager = Stager(_C.Arena(0), chunk_bytes)
         self._structure: Structure | None = None
         self._sequence = 0
@@ -113,6 +124,12 @@ class Saver:
             self._handle = SaveHandle(snapshot.step, metrics, future)
             metrics.stall_seconds = time.perf_counter() - began
             return self._handle
+
+    def prune(self, dry_run: bool) -> PruneReport:
+        """Deletes what is not to stay, once the save that is under way has ended."""
+        with self._alone():
+            self.wait()
+            return self._publisher.prune(dry_run)
 
     def wait(self) -> None:
         """Waits for the save that is under way, whatever becomes of it.
@@ -193,9 +210,13 @@ class Saver:
         attempt = self._publisher.open(key, step) if self._lineage.generation is None else None
         began = time.perf_counter()
         layout = structure.layout
-        digests = stage(self._stager, layout, flat.tensors, self._members.barrier.timeout)
+        base = self._lineage.base_of(layout)
+        delta = base is not None and not base.full_next
+        timeout = self._members.barrier.timeout
+        digests = stage(self._stager, layout, flat.tensors, timeout, only_changed=delta)
         metrics.staging_seconds = time.perf_counter() - began
-        metrics.staged_bytes = sum(slot.nbytes for slot in layout.slots)
+        if (staged := self._stager.last) is not None:
+            metrics.staged_bytes, metrics.skipped_chunks = staged.nbytes_copied, staged.chunks_skipped
         return Snapshot(
             key=key,
             step=step,
@@ -208,6 +229,8 @@ class Saver:
             metadata=metadata,
             metrics=metrics,
             attempt=attempt,
+            base=base,
+            delta=delta,
         )
 
     def _agree(self, key: str, flat: FlatState) -> Structure:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from dtruntime_torch import _C
+from dtruntime_torch.checkpoint.delta import Delta
+from dtruntime_torch.checkpoint.format import strict_json
 from dtruntime_torch.checkpoint.format.records import FileRef, ObjectEntry, Part, PartRef, TensorEntry
-from dtruntime_torch.checkpoint.layout import Layout, Slot
-from dtruntime_torch.checkpoint.manifest import encode_part
+from dtruntime_torch.checkpoint.layout import ALIGNMENT, Layout, Slot
+from dtruntime_torch.checkpoint.manifest import VERSION, encode_part
 from dtruntime_torch.checkpoint.names import (
     DATA_SUFFIX,
+    DELTA_SUFFIX,
     PART_SUFFIX,
     Attempt,
     attempt_path,
@@ -20,6 +24,29 @@ from dtruntime_torch.checkpoint.objects import Json
 from dtruntime_torch.checkpoint.specs import Extent, SavePlan, digest_length
 from dtruntime_torch.errors import InvalidArgument
 from dtruntime_torch.storage.backend import StorageBackend
+
+
+def _delta_header() -> bytes:
+    text = strict_json.dump({"format": "dtruntime.delta", "version": VERSION})
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+DELTA_HEADER = _delta_header()
+"""The first bytes of each delta file: length, JSON, spaces. What follows is found by extents alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """What one rank wrote.
+
+    Attributes:
+        part: its part manifest.
+        ref: what the manifest says of that.
+    """
+
+    part: Part
+    ref: PartRef
 
 
 async def write_shard(
@@ -32,7 +59,8 @@ async def write_shard(
     digests: bytes,
     chunk_bytes: int,
     values: Mapping[str, Json],
-) -> PartRef:
+    delta: Delta | None = None,
+) -> Shard:
     """Writes what one rank saves. Both files are durable when it returns.
 
     Args:
@@ -41,28 +69,26 @@ async def write_shard(
         attempt: whose folder gets the files; nobody else writes this rank's there.
         plan: what is written.
         layout: where it lies in `image`.
-        image: all bytes of the data file, its header included; may not change meanwhile.
+        image: all bytes of a full save's data file, its header included; may not change meanwhile.
         digests: XXH3-128 of each chunk of each tensor, 16 bytes each, in the order of `layout.slots`.
         chunk_bytes: bytes of a chunk.
         values: fqn -> encoded value, for each object of the plan.
-
-    Returns:
-        What the manifest says of this part.
+        delta: writes only what changed in that one, made for `DELTA_HEADER`; without any change no data file at
+            all. None writes everything.
 
     Raises:
         InvalidArgument: image, digests and layout do not belong together; nothing was written.
         StorageError: a file could not be written; `delete_shard` takes away what is there.
     """
     _check(layout, image, digests, chunk_bytes)
-    folder = attempt_path(name, attempt)
-    data_name = shard_file_name(plan.rank, plan.world_size, DATA_SUFFIX)
+    suffix = DATA_SUFFIX if delta is None else DELTA_SUFFIX
+    data_name = shard_file_name(plan.rank, plan.world_size, suffix)
     part_name = shard_file_name(plan.rank, plan.world_size, PART_SUFFIX)
-    file = FileRef(
-        path=f"{attempt.path}/{data_name}",
-        length=layout.length,
-        header_length=len(layout.header),
-        header_digest=_C.digest(layout.header, len(layout.header)),
-    )
+    data = [image] if delta is None else _delta_file(image, delta)
+    header = layout.header if delta is None else DELTA_HEADER
+    length = sum(view.nbytes for view in data)
+    own = FileRef(f"{attempt.path}/{data_name}", length, len(header), _C.digest(header, len(header)))
+    extents = _whole_extents(layout) if delta is None else delta.extents
     part = Part(
         rank=plan.rank,
         world_size=plan.world_size,
@@ -70,23 +96,20 @@ async def write_shard(
         step=attempt.step,
         attempt=attempt.path,
         chunk_bytes=chunk_bytes,
-        files=(file,),
-        tensors=_tensor_entries(layout, digests, chunk_bytes),
+        files=(*(() if delta is None else delta.files), *((own,) if data else ())),
+        tensors=_tensor_entries(layout, digests, chunk_bytes, extents),
         objects=tuple(
             ObjectEntry(spec.fqn, spec.path, spec.index, spec.per_rank, values[spec.fqn])
             for spec in plan.objects
         ),
     )
     encoded = encode_part(part)
-    await backend.write(f"{folder}/{data_name}", image)
+    folder = attempt_path(name, attempt)
+    if data:
+        await backend.write(f"{folder}/{data_name}", data)
     await backend.write(f"{folder}/{part_name}", encoded)
-    return PartRef(
-        rank=plan.rank,
-        path=part_name,
-        length=len(encoded),
-        sha256=hashlib.sha256(encoded).hexdigest(),
-        data_length=layout.length,
-    )
+    sha256 = hashlib.sha256(encoded).hexdigest()
+    return Shard(part, PartRef(plan.rank, part_name, len(encoded), sha256, length))
 
 
 async def delete_shard(
@@ -98,7 +121,7 @@ async def delete_shard(
         StorageError: a file could not be deleted; call it again later.
     """
     folder = attempt_path(name, attempt)
-    for suffix in (PART_SUFFIX, DATA_SUFFIX):
+    for suffix in (PART_SUFFIX, DELTA_SUFFIX, DATA_SUFFIX):
         await backend.delete(f"{folder}/{shard_file_name(rank, world_size, suffix)}")
 
 
@@ -113,17 +136,29 @@ def _check(layout: Layout, image: memoryview, digests: bytes, chunk_bytes: int) 
         raise InvalidArgument("the image does not start with the header of its layout")
 
 
-def _tensor_entries(layout: Layout, digests: bytes, chunk_bytes: int) -> tuple[TensorEntry, ...]:
+def _delta_file(image: memoryview, delta: Delta) -> list[memoryview]:
+    if not delta.runs:
+        return []
+    return [memoryview(DELTA_HEADER), *(image[start : start + nbytes] for start, nbytes in delta.runs)]
+
+
+def _whole_extents(layout: Layout) -> list[tuple[Extent, ...]]:
+    return [(Extent(0, slot.offset, slot.nbytes),) if slot.nbytes else () for slot in layout.slots]
+
+
+def _tensor_entries(
+    layout: Layout, digests: bytes, chunk_bytes: int, extents: Sequence[tuple[Extent, ...]]
+) -> tuple[TensorEntry, ...]:
     """One entry for each slot, in the order of the state."""
     entries, start = [], 0
-    for slot in layout.slots:
+    for slot, places in zip(layout.slots, extents, strict=True):
         stop = start + digest_length(slot.nbytes, chunk_bytes)
-        entries.append(_tensor_entry(slot, digests[start:stop]))
+        entries.append(_tensor_entry(slot, digests[start:stop], places))
         start = stop
     return tuple(sorted(entries, key=lambda entry: entry.index))
 
 
-def _tensor_entry(slot: Slot, digests: bytes) -> TensorEntry:
+def _tensor_entry(slot: Slot, digests: bytes, extents: tuple[Extent, ...]) -> TensorEntry:
     spec = slot.item.spec
     return TensorEntry(
         fqn=spec.fqn,
@@ -137,6 +172,6 @@ def _tensor_entry(slot: Slot, digests: bytes) -> TensorEntry:
         per_rank=spec.per_rank,
         alias=spec.alias,
         is_bytes=spec.is_bytes,
-        extents=(Extent(0, slot.offset, slot.nbytes),) if slot.nbytes else (),
+        extents=extents,
         digests=digests,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -46,6 +46,11 @@ class Sources:
                 digests[number] = joined[start:stop]
                 start = stop
         return b"".join(digests)
+
+    def of_some(self, numbers: Sequence[int], digests: bytes, chunk_bytes: int) -> bytes:
+        """The digests of some pairs, in the order of `numbers`, from those of all pairs."""
+        starts = [0, *accumulate(digest_length(length, chunk_bytes) for length in self.lengths)]
+        return b"".join(digests[starts[number] : starts[number + 1]] for number in numbers)
 
 
 def sort_sources(pairs: Sequence[Pair], arena_nbytes: int, find_device: FindDevice) -> Sources:

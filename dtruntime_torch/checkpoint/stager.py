@@ -15,6 +15,11 @@ To free memory by `untyped_storage().resize_` is to overwrite it; to drop the la
 since a staging holds its sources until it has ended. Memory that several pairs read is free when all of them are.
 
 The bytes of the arena are read only by `wait`, after all of them have arrived.
+
+A staging that ended well leaves a table: what lies where in the arena, and its digests. The next may be told to copy
+only the chunks whose digests differ from it. The table holds as long as the arena is the same and nobody but its stager
+writes to those places: bytes that were changed behind its back are taken for what they were. It is gone as soon as a
+staging starts, and comes back when that has ended well, so after a failure, a cancel or an interrupt all is copied.
 """
 
 from __future__ import annotations
@@ -51,11 +56,16 @@ class Stager:
 
     Example:
         >>> weight, arena = torch.arange(6, dtype=torch.uint8), _C.Arena(64)
-        >>> staging = Stager(arena, chunk_bytes=4).start([(weight, 8)])
+        >>> stager = Stager(arena, chunk_bytes=4)
+        >>> staging = stager.start([(weight, 8)])
         >>> staging.before_overwrite([0])
         >>> _ = weight.zero_()
         >>> len(staging.wait()), bytes(memoryview(arena)[8:14]).hex()
         (32, '000102030405')
+        >>> weight[:4] = torch.arange(4)
+        >>> staging = stager.start([(weight, 8)], only_changed=True)
+        >>> len(staging.wait()), staging.nbytes_copied, staging.chunks_skipped
+        (32, 2, 1)
     """
 
     def __init__(
@@ -73,13 +83,21 @@ class Stager:
         self._find_device = find_device
         self._running: Staging | None = None
 
-    def start(self, pairs: Sequence[Pair]) -> Staging:
+    @property
+    def last(self) -> Staging | None:
+        """The staging that was started last, if that went well."""
+        return self._running
+
+    def start(self, pairs: Sequence[Pair], only_changed: bool = False) -> Staging:
         """Starts to copy each source to its place. See above for when it may be overwritten.
 
         Args:
             pairs: source and offset of its first byte in the arena. The places are the staging's own until it has
                 ended; a source does not lie in the arena. A source that is not contiguous arrives in row-major
                 order; in host memory its offset must be a multiple of its element size.
+            only_changed: leaves chunks alone that the arena holds already: of sources that are read in the
+                background, at the places and of the lengths of the staging before this. Where nothing is known of
+                the arena, all is copied.
 
         Raises:
             InvalidArgument: the staging before this one has not ended, or a pair cannot be copied; it is named.
@@ -89,6 +107,10 @@ class Stager:
         if self._running is not None and not self._running.ended:
             raise InvalidArgument("the arena is in use: wait for the staging that goes on, or cancel it")
         sources = sort_sources(pairs, self.arena.nbytes, self._find_device)
+        last = self._running
+        known = last.holds(self.arena, sources) if only_changed and last is not None else None
+        # From here on nobody knows what the arena holds, until this staging has ended well.
+        self._running = None
         threads = self._threads or torch.get_num_threads()
         job = _C.CopyJob(
             self.arena,
@@ -97,8 +119,8 @@ class Stager:
             [sources.offsets[number] for number in sources.native],
             self._chunk_bytes,
             threads,
+            None if known is None else sources.of_some(sources.native, known, self._chunk_bytes),
         )
-        self._running = None
         try:
             self._running = Staging(self.arena, sources, job, self._chunk_bytes, threads)
             self._running._enqueue()
@@ -130,6 +152,7 @@ class Staging:
         self.ended = False
         self._process = os.getpid()
         self._arena = arena
+        self._resizes = arena.resizes
         self._sources = sources
         self._job = job
         self._chunk_bytes = chunk_bytes
@@ -233,6 +256,27 @@ class Staging:
         return (
             at_once + self._job.nbytes_done + sum(copies.nbytes for copies in self._copies if copies.done())
         )
+
+    @property
+    def nbytes_copied(self) -> int:
+        """Bytes that were copied; the others were in the arena already. Final once `wait` has returned."""
+        others = self.nbytes - self._job.nbytes
+        return self._job.nbytes_copied + others
+
+    @property
+    def chunks_skipped(self) -> int:
+        """Chunks that were not copied, since the arena held them. Final once `wait` has returned."""
+        return self._job.chunks_skipped
+
+    def holds(self, arena: _C.Arena, sources: Sources) -> bytes | None:
+        """Says what an arena holds at the places of some sources, if it is this staging that knows.
+
+        Returns:
+            The digests that `wait` returned; None if it did not, or the arena or the places are others.
+        """
+        same_memory = arena is self._arena and arena.resizes == self._resizes
+        same_places = (sources.offsets, sources.lengths) == (self._sources.offsets, self._sources.lengths)
+        return self._digests if self.ended and same_memory and same_places else None
 
     def __del__(self) -> None:
         # In a forked child nothing is in flight, and a thread that is not there may seem to hold the lock.

@@ -55,18 +55,24 @@ def _resize(arena: _C.Arena, nbytes: int) -> bool:
 
 
 def stage(
-    stager: Stager, layout: Layout, tensors: Mapping[str, torch.Tensor], timeout: float | None = None
+    stager: Stager,
+    layout: Layout,
+    tensors: Mapping[str, torch.Tensor],
+    timeout: float | None = None,
+    only_changed: bool = False,
 ) -> bytes:
     """Makes the stager's arena the image of a data file.
 
     Returns when every byte is in the arena: the tensors may change from then on. After an error the arena may be
-    used again.
+    used again, and the next staging copies all. `stager.last` says how much was copied.
 
     Args:
         stager: its arena holds at least `layout.length` bytes.
         layout: where each tensor goes.
         tensors: fqn -> this rank's shard, on any device, of any stride.
         timeout: seconds to wait; None waits as long as it takes.
+        only_changed: leaves the chunks alone that the arena holds since the staging before, if it was of this
+            layout and ended well.
 
     Returns:
         The XXH3-128 digests of all chunks, in the order of `layout.slots`, 16 bytes each.
@@ -75,7 +81,8 @@ def stage(
         BarrierTimeout: not all bytes are there yet.
         SaveFailed: a device failed.
     """
-    staging = stager.start([(tensors[slot.item.spec.fqn], slot.offset) for slot in layout.slots])
+    pairs = [(tensors[slot.item.spec.fqn], slot.offset) for slot in layout.slots]
+    staging = stager.start(pairs, only_changed)
     try:
         memoryview(stager.arena)[: len(layout.header)] = layout.header
         return staging.wait(timeout)

@@ -20,6 +20,16 @@ def temporary_name() -> str:
     return f".tmp-{secrets.token_hex(8)}"
 
 
+def is_temporary(part: str) -> bool:
+    """Tells whether `temporary_name` could have drawn this.
+
+    Example:
+        >>> is_temporary(temporary_name()), is_temporary(".tmp-mine")
+        (True, False)
+    """
+    return _TEMPORARY.fullmatch(part) is not None
+
+
 def is_name(part: str) -> bool:
     """Tells whether `part` may stand between two slashes of a path."""
     return not (
@@ -28,7 +38,7 @@ def is_name(part: str) -> bool:
         or "\0" in part
         or "/" in part
         or not _encodes(part)
-        or _TEMPORARY.fullmatch(part)
+        or is_temporary(part)
     )
 
 

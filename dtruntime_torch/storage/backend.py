@@ -26,6 +26,10 @@ class Entry:
     modified: float
 
 
+# In a class that has a method `list`, the type of that name is out of reach.
+Listing = list[Entry]
+
+
 @runtime_checkable
 class StorageBackend(Protocol):
     """Durable named byte strings.
@@ -36,6 +40,10 @@ class StorageBackend(Protocol):
     come back belong to the caller. Every method may be awaited from any thread and any event loop. An error
     other than those named says nothing about whether the call took effect.
     """
+
+    @property
+    def settle_seconds(self) -> float:
+        """For how long a listing on another host may not show a change that was made; 0.0 where each shows all."""
 
     async def write(self, path: str, data: Data) -> None:
         """Stores `data`, one buffer or several in sequence, in place of what was there.
@@ -82,3 +90,19 @@ class StorageBackend(Protocol):
 
     async def delete(self, path: str) -> None:
         """Removes a file, durably when it returns; an absent one is no error, and then its absence is durable."""
+
+    async def unfinished(self, prefix: str) -> Listing:
+        """Returns what writes and creates left behind that never ended, in the order of their paths.
+
+        No other method shows it, and its paths are for people: none of them takes one. What is still being
+        written is among it.
+
+        Args:
+            prefix: as for `list`; of the path that such a file has.
+        """
+
+    async def discard_unfinished(self, prefix: str) -> int:
+        """Removes what `unfinished` lists, durably, and returns how many bytes that were.
+
+        Only for a prefix where nobody writes any more, or where whoever does may fail.
+        """

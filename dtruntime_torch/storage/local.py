@@ -19,10 +19,11 @@ from typing_extensions import Buffer
 
 from dtruntime_torch.errors import AlreadyExists, InvalidArgument, NotFound, StorageError
 from dtruntime_torch.storage.arguments import as_views, check_path, check_prefix, check_range, temporary_name
-from dtruntime_torch.storage.backend import Data, Entry
+from dtruntime_torch.storage.backend import Data, Entry, Listing
 from dtruntime_torch.storage.failures import explained
 from dtruntime_torch.storage.folders import make_folder, nearest_existing, remove_empty_folders, sync_nearest
-from dtruntime_torch.storage.listing import Listing, list_files
+from dtruntime_torch.storage.listing import list_files, list_temporary
+from dtruntime_torch.storage.mounts import is_on_network
 from dtruntime_torch.storage.sync import in_thread
 from dtruntime_torch.storage.system_calls import SystemCalls
 
@@ -31,6 +32,9 @@ _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 _NO_RENAME = {errno.ENOSYS, errno.EINVAL}
 _DIRECT_FROM = 1 << 20  # bytes; below this the page cache is quicker than O_DIRECT
 _FOLDER_TRIES = 16
+_NETWORK_SETTLES = (
+    90.0  # seconds; NFS keeps what it knows of a folder for 60 at most, unless mounted otherwise
+)
 
 
 class LocalBackend:
@@ -52,6 +56,10 @@ class LocalBackend:
 
     def __repr__(self) -> str:
         return f"LocalBackend({self._root!r})"
+
+    @property
+    def settle_seconds(self) -> float:
+        return _NETWORK_SETTLES if is_on_network(self._real_root()) else 0.0
 
     async def write(self, path: str, data: Data) -> None:
         await in_thread(partial(self._write, path, as_views(data)))
@@ -75,6 +83,14 @@ class LocalBackend:
 
     async def delete(self, path: str) -> None:
         await in_thread(partial(self._delete, path))
+
+    async def unfinished(self, prefix: str) -> Listing:
+        check_prefix(prefix, None)
+        return await in_thread(partial(self._list_unfinished, prefix))
+
+    async def discard_unfinished(self, prefix: str) -> int:
+        check_prefix(prefix, None)
+        return await in_thread(partial(self._discard_unfinished, prefix))
 
     def _write(self, path: str, data: Sequence[memoryview]) -> None:
         place = self._locate(path)
@@ -165,13 +181,19 @@ class LocalBackend:
             return size
 
     def _list(self, prefix: str, delimiter: str | None) -> Listing:
-        folder = os.path.realpath(os.path.join(self._root, prefix.rpartition("/")[0]))
-        self._check_inside(folder, prefix)
+        folder = self._folder_of(prefix)
         with explained("list", folder):
             return list_files(self._real_root(), folder, prefix, delimiter)
 
+    def _list_unfinished(self, prefix: str) -> Listing:
+        folder = self._folder_of(prefix)
+        with explained("list", folder):
+            return list_temporary(folder, prefix)
+
     def _delete(self, path: str) -> None:
-        place = self._locate(path)
+        self._delete_at(self._locate(path))
+
+    def _delete_at(self, place: str) -> None:
         folder = os.path.dirname(place)
         with explained("delete", place):
             try:
@@ -182,6 +204,19 @@ class LocalBackend:
             else:
                 stays = remove_empty_folders(self._calls, folder, self._real_root())
             sync_nearest(self._calls, stays, self._real_root())
+
+    def _discard_unfinished(self, prefix: str) -> int:
+        discarded = 0
+        for entry in self._list_unfinished(prefix):
+            folder, name = os.path.split(os.path.join(self._root, entry.path))
+            self._delete_at(os.path.join(os.path.realpath(folder), name))
+            discarded += entry.size
+        return discarded
+
+    def _folder_of(self, prefix: str) -> str:
+        folder = os.path.realpath(os.path.join(self._root, prefix.rpartition("/")[0]))
+        self._check_inside(folder, prefix)
+        return folder
 
     def _locate(self, path: str, *, follow: bool = False) -> str:
         """Returns the absolute path, its links resolved; with `follow` also the file's own, as a read does."""

@@ -9,7 +9,7 @@ from typing_extensions import Buffer
 
 from dtruntime_torch.errors import AlreadyExists, NotFound, StorageError
 from dtruntime_torch.storage.arguments import as_views, check_path, check_prefix, check_range
-from dtruntime_torch.storage.backend import Data, Entry
+from dtruntime_torch.storage.backend import Data, Entry, Listing
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,8 @@ class MemoryBackend:
         >>> run_sync(backend.read_range("model/part", 4, 4))
         b'tail'
     """
+
+    settle_seconds = 0.0
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -75,6 +77,14 @@ class MemoryBackend:
         check_path(path)
         with self._lock:
             self._files.pop(path, None)
+
+    async def unfinished(self, prefix: str) -> Listing:
+        check_prefix(prefix, None)
+        return []  # a write is done at once
+
+    async def discard_unfinished(self, prefix: str) -> int:
+        check_prefix(prefix, None)
+        return 0
 
     def _put(self, path: str, data: bytes, *, may_replace: bool) -> None:
         with self._lock:

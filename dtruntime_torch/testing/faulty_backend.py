@@ -20,9 +20,11 @@ from typing_extensions import Buffer
 
 from dtruntime_torch.errors import InvalidArgument, NotFound, StorageError
 from dtruntime_torch.storage.arguments import as_views
-from dtruntime_torch.storage.backend import Data, Entry, StorageBackend
+from dtruntime_torch.storage.backend import Data, Entry, Listing, StorageBackend
 
-Operation = Literal["write", "create", "read", "read_range", "size", "list", "delete"]
+Operation = Literal[
+    "write", "create", "read", "read_range", "size", "list", "delete", "unfinished", "discard_unfinished"
+]
 
 
 @dataclass
@@ -108,7 +110,7 @@ def hidden() -> Fault:
     async def fault(call: Call) -> object:
         if call.operation in ("read", "read_range", "size"):
             raise NotFound(f"scripted fault: {call.path} is hidden")
-        return [] if call.operation == "list" else None
+        return {"list": [], "unfinished": [], "discard_unfinished": 0}.get(call.operation)
 
     return fault
 
@@ -182,6 +184,7 @@ class FaultyBackend:
 
     Attributes:
         calls: (operation, path) of each call so far, in the order in which they came.
+        settle_seconds: that of `inner`, unless something else is set.
 
     Example:
         >>> from dtruntime_torch.storage import MemoryBackend, run_sync
@@ -198,6 +201,7 @@ class FaultyBackend:
 
     def __init__(self, inner: StorageBackend) -> None:
         self._inner = inner
+        self.settle_seconds = inner.settle_seconds
         self._lock = threading.Lock()
         self._rules: list[_Rule] = []
         self.calls: list[tuple[str, str]] = []
@@ -237,6 +241,16 @@ class FaultyBackend:
 
     async def delete(self, path: str) -> None:
         await self._run("delete", path, lambda _: self._inner.delete(path))
+
+    async def unfinished(self, prefix: str) -> Listing:
+        result = await self._run("unfinished", prefix, lambda _: self._inner.unfinished(prefix))
+        return cast(Listing, result)
+
+    async def discard_unfinished(self, prefix: str) -> int:
+        inner = self._inner
+        return cast(
+            int, await self._run("discard_unfinished", prefix, lambda _: inner.discard_unfinished(prefix))
+        )
 
     async def _run(
         self,

@@ -231,6 +231,7 @@ BAD_PARTS = [
     changed("file-header-digest", "part", "no digest", "files", 0, "header_digest", "00"),
     changed("file-gap", "part", "belong to no tensor", "files", 0, "length", 174),
     changed("file-gap", "part", "belong to no tensor", "files", 0, "header_length", 64),
+    changed("file-gap", "delta", "belong to no tensor", "files", 1, "length", 96),
     changed("path-depth", "part", "64 steps", "tensors", 0, "path", [["l", 0]] * 65),
     changed("path-step", "part", "neither a dict", "tensors", 0, "path", [["x", 0]]),
     changed("path-step", "part", "neither a dict", "tensors", 0, "path", [[0, 0]]),

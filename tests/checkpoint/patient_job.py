@@ -11,7 +11,7 @@ class PatientJob:
     """Starts when it is waited for without a time-out."""
 
     done = False
-    nbytes_done = 0
+    nbytes_done = nbytes_copied = chunks_skipped = 0
 
     def __init__(self, *arguments: object) -> None:
         self._arguments = arguments

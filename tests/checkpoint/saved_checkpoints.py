@@ -72,7 +72,7 @@ def write(backend: StorageBackend, name: str, attempt: Attempt, image: Image) ->
             CHUNK,
             image.values,
         )
-    )
+    ).ref
 
 
 def arrays_for(world_size: int, step: int = 0) -> list[dict[str, NDArray[np.generic]]]:

@@ -93,6 +93,20 @@ def test_a_device_that_does_not_answer_is_given_up():
         stage(Stager(_C.Arena(layout.length), CHUNK, find_device=device.find), layout, tensors, timeout=0)
 
 
+def test_a_save_of_what_changed_makes_the_same_image_and_digests():
+    tensors = {fqn: tensor.clone() for fqn, tensor in TENSORS.items()}
+    layout = layout_of(tensors)
+    stager, other = (Stager(_C.Arena(layout.length), CHUNK) for _ in range(2))
+    stage(stager, layout, tensors)
+    tensors["weight"][3, 3] = -1
+    digests = stage(stager, layout, tensors, only_changed=True)
+    assert digests == stage(other, layout, tensors)
+    assert bytes(memoryview(stager.arena)) == bytes(memoryview(other.arena))
+    assert stager.last is not None and other.last is not None
+    assert (stager.last.nbytes_copied, stager.last.chunks_skipped) == (64 + 96, 4)
+    assert (other.last.nbytes_copied, other.last.chunks_skipped) == (other.last.nbytes, 0)
+
+
 def test_room_is_made_in_the_same_arena():
     arena = make_room(_C.Arena(0), 1 << 20)
     address = arena.address

@@ -21,12 +21,20 @@ RUN_ID = "0123456789abcdef" * 2
 class Rank:
     """What a manager does, for one of several ranks of this process."""
 
-    def __init__(self, backend: StorageBackend, store: object, rank: int, ranks: int, timeout: float) -> None:
+    def __init__(
+        self,
+        backend: StorageBackend,
+        store: object,
+        rank: int,
+        ranks: int,
+        timeout: float,
+        **policies: object,
+    ) -> None:
         barrier = Barrier(PrefixStore("run", store), rank, ranks, timeout)
         self.backend = backend
         self.members = Membership(barrier, rank, ranks, RUN_ID)
         self.lineage = Lineage()
-        self.saver = Saver(backend, "model", self.members, self.lineage, 4096)
+        self.saver = Saver(backend, "model", self.members, self.lineage, 4096, **policies)  # type: ignore[arg-type]
         self.loads = 0
 
     def save(self, state: object, step: object, metadata: object = None) -> CheckpointInfo:
@@ -40,12 +48,22 @@ class Rank:
 
 
 def make_ranks(
-    ranks: int, backends: Sequence[StorageBackend] | StorageBackend, timeout: float = 60
+    ranks: int,
+    backends: Sequence[StorageBackend] | StorageBackend,
+    timeout: float = 60,
+    **policies: object,
 ) -> list[Rank]:
-    """Makes the ranks of one incarnation. Long time-outs: a test that waits one out has failed."""
+    """Makes the ranks of one incarnation. Long time-outs: a test that waits one out has failed.
+
+    Args:
+        ranks: how many.
+        backends: one for all, or one for each.
+        timeout: of their barriers.
+        policies: of their savers: `delta`, `retry`.
+    """
     store = HashStore()
     each = backends if isinstance(backends, Sequence) else [backends] * ranks
-    return [Rank(each[rank], store, rank, ranks, timeout) for rank in range(ranks)]
+    return [Rank(each[rank], store, rank, ranks, timeout, **policies) for rank in range(ranks)]
 
 
 def together(*calls: Callable[[], object]) -> list[object]:

@@ -21,6 +21,7 @@ constexpr auto kForever = CopyJob::Clock::time_point::max();
 struct Case {
   std::vector<std::vector<uint8_t>> sources;
   std::vector<Copy> copies;
+  std::vector<Range> ranges;  // their targets
   std::vector<uint8_t> arena;
   std::vector<size_t> numbers;
   std::vector<uint8_t> expected;  // digests
@@ -35,8 +36,7 @@ struct Case {
       numbers.push_back(i);
     }
     arena.resize(offset, 0xaa);
-    std::vector<Range> ranges;
-    for (const Copy& copy : copies) ranges.push_back(copy.target);
+    ranges = targets_of(copies);
     std::vector<uint8_t> target(offset);
     expected.resize(16 * ChunkList(ranges, kChunkBytes).size());
     REQUIRE(copy_digest(target, copies, kChunkBytes, 1, expected.data()).ok());
@@ -164,6 +164,65 @@ TEST_CASE("copy job: a deadline in the past only asks") {
   while (!job.done()) std::this_thread::yield();
   CHECK(job.wait(c.numbers, {}) == Outcome::kDone);
 }
+
+TEST_CASE("copy job: a chunk that is there already is not written") {
+  for (unsigned threads : {0, 1, 3}) {
+    Case c(60);
+    REQUIRE(copy_digest(c.arena, c.copies, kChunkBytes, 1, c.expected.data()).ok());
+    const std::vector<uint8_t> known = c.expected;
+    // Only the arena's bytes tell whether one was written: two thirds of them are spoiled, and stay so.
+    const ChunkList chunks(c.ranges, kChunkBytes);
+    size_t skipped = 0, copied = 0;
+    for (size_t i = 0; i < chunks.size(); ++i) {
+      const Chunk chunk = chunks[i];
+      if (i % 3 == 0) {
+        c.sources[chunk.range][chunk.start] ^= 1;
+        copied += chunk.length;
+      } else {
+        c.arena[c.ranges[chunk.range].offset + chunk.start] ^= 0xff;
+        ++skipped;
+      }
+    }
+    CopyJob job(c.arena, c.copies, kChunkBytes, threads, known);
+    REQUIRE(job.wait(c.numbers, kForever) == Outcome::kDone);
+    CHECK(job.chunks_skipped() == skipped);
+    CHECK(job.nbytes_copied() == copied);
+    CHECK(job.nbytes_done() == job.nbytes());
+    for (size_t i = 0; i < chunks.size(); ++i) {
+      const Chunk chunk = chunks[i];
+      const uint8_t* source = c.sources[chunk.range].data() + chunk.start;
+      uint8_t* target = c.arena.data() + c.ranges[chunk.range].offset + chunk.start;
+      if (i % 3 != 0) target[0] ^= 0xff;
+      CHECK(std::equal(source, source + chunk.length, target));
+    }
+    CHECK(has_digests(job, c) == false);
+    std::vector<uint8_t> copy(c.arena.size());
+    REQUIRE(copy_digest(copy, c.copies, kChunkBytes, 1, c.expected.data()).ok());
+    CHECK(has_digests(job, c));
+  }
+}
+
+#if !defined(__SANITIZE_THREAD__)  // the race is the point
+TEST_CASE("copy job: the digest is of the bytes that were stored, also if the source changes meanwhile") {
+  constexpr size_t kLong = 64 << 10;
+  std::vector<uint8_t> source(kLong), arena(kLong), digest(16);
+  const std::vector<Copy> copies = {{source.data(), {0, kLong}}};
+  const std::vector<size_t> numbers = {0};
+  std::atomic<bool> stop{false};
+  std::thread writer([&] {
+    std::atomic_ref<uint8_t> byte(source[kLong / 2]);
+    while (!stop) byte.fetch_add(1, std::memory_order_relaxed);
+  });
+  for (int round = 0; round < 500; ++round) {
+    CopyJob job(arena, copies, kLong, 1, std::vector<uint8_t>(16));
+    REQUIRE(job.wait(numbers, kForever) == Outcome::kDone);
+    digest_chunk(arena.data(), kLong, digest.data());
+    CHECK(std::ranges::equal(job.digests(), digest));
+  }
+  stop = true;
+  writer.join();
+}
+#endif
 
 TEST_CASE("copy job: without work it is done at once") {
   Case c(1);  // one of no bytes

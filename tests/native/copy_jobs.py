@@ -36,9 +36,11 @@ class Sources:
         self.arena = _C.Arena(sum(lengths) + 3 * (len(lengths) + 1))
         memoryview(self.arena)[:] = b"\xaa" * len(self.arena)
 
-    def start(self, chunk_bytes: int = CHUNK_BYTES, threads: int = 0) -> _C.CopyJob:
+    def start(
+        self, chunk_bytes: int = CHUNK_BYTES, threads: int = 0, known: bytes | None = None
+    ) -> _C.CopyJob:
         addresses = [address_of(data) if data else 0 for data in self.data]
-        return _C.CopyJob(self.arena, addresses, self.lengths, self.offsets, chunk_bytes, threads)
+        return _C.CopyJob(self.arena, addresses, self.lengths, self.offsets, chunk_bytes, threads, known)
 
     def arrived(self, i: int) -> bytes:
         return bytes(memoryview(self.arena)[self.offsets[i] : self.offsets[i] + self.lengths[i]])

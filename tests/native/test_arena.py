@@ -53,6 +53,17 @@ def test_a_view_keeps_the_memory_alive():
     assert view[:4] == b"kept"
 
 
+def test_it_counts_how_often_it_was_resized():
+    arena = _C.Arena(MIB)
+    assert arena.resizes == 0
+    with memoryview(arena), pytest.raises(BufferError):
+        arena.resize(10)
+    assert arena.resizes == 0
+    arena.resize(10)
+    arena.resize(MIB)
+    assert arena.resizes == 2
+
+
 @pytest.mark.parametrize("nbytes", [0, 10, MIB, 10 * MIB])
 def test_it_is_not_resized_while_a_view_is_in_use(nbytes):
     arena = _C.Arena(MIB)

@@ -211,7 +211,7 @@ def _check_extents_of(tensor: TensorEntry, part: Part) -> None:
 
 
 def _check_extents(part: Part) -> None:
-    """No two share a byte, and in the part's own safetensors file no byte is in none: so all is digested."""
+    """No two share a byte, and in the part's own file no byte is in none: so all is digested."""
     ends = [file.header_length for file in part.files]
     data = [0] * len(part.files)
     for file, offset, length, fqn in sorted(
@@ -223,6 +223,6 @@ def _check_extents(part: Part) -> None:
         ends[file] = offset + length
         data[file] += length
     for ref, nbytes in zip(part.files, data, strict=True):
-        if is_own(ref, part.attempt) and ref.path.endswith(names.DATA_SUFFIX):
+        if is_own(ref, part.attempt):
             covered = ref.header_length + nbytes == ref.length
             _require(covered, f"{ref.path} has bytes that belong to no tensor")

@@ -1,0 +1,49 @@
+"""The pauses of a retry policy, and the ones that it refuses to describe."""
+
+from __future__ import annotations
+
+import pytest
+
+from dtruntime_torch import RetryPolicy
+from dtruntime_torch.errors import InvalidArgument
+
+
+def test_there_is_one_pause_fewer_than_tries():
+    assert len(list(RetryPolicy(attempts=4).delays())) == 3
+    assert list(RetryPolicy(attempts=1).delays()) == []
+
+
+def test_pauses_grow_by_the_factor_up_to_the_greatest():
+    policy = RetryPolicy(attempts=6, initial=2.0, max=20.0, factor=3.0, jitter=0.0)
+    assert list(policy.delays()) == [2.0, 6.0, 18.0, 20.0, 20.0]
+
+
+def test_chance_only_makes_a_pause_shorter_by_its_share():
+    policy = RetryPolicy(attempts=3, initial=10.0, factor=1.0, jitter=0.25)
+    draws = iter([0.0, 1.0])
+    assert list(policy.delays(draw=lambda: next(draws))) == [10.0, 7.5]
+
+
+def test_no_try_begins_after_the_deadline():
+    policy = RetryPolicy(attempts=9, initial=4.0, factor=1.0, jitter=0.0, deadline=10.0)
+    now = iter([100.0, 101.0, 106.0, 111.0])  # when it began, and before each pause: a try takes a second
+    assert list(policy.delays(clock=lambda: next(now))) == [4.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"attempts": 0},
+        {"initial": -1.0},
+        {"initial": 5.0, "max": 4.0},
+        {"max": float("inf")},
+        {"initial": float("nan")},
+        {"factor": 0.5},
+        {"jitter": 1.5},
+        {"deadline": -1.0},
+    ],
+    ids=str,
+)
+def test_a_policy_out_of_range_is_refused(bad):
+    with pytest.raises(InvalidArgument):
+        RetryPolicy(**bad)
