@@ -16,11 +16,12 @@ from dtruntime_torch.checkpoint.manifest import (
     Manifest,
     Part,
     decode_commit,
+    decode_generation,
     decode_manifest,
     decode_part,
 )
-from dtruntime_torch.checkpoint.names import CommitKey
-from dtruntime_torch.errors import CheckpointNotFound, CorruptCheckpoint, Damage, NotFound
+from dtruntime_torch.checkpoint.names import Attempt, CommitKey
+from dtruntime_torch.errors import CheckpointNotFound, CorruptCheckpoint, Damage, NewerFormat, NotFound
 from dtruntime_torch.storage.backend import Entry, StorageBackend
 
 R = TypeVar("R")
@@ -61,6 +62,14 @@ async def attempt_files(backend: StorageBackend, name: str) -> dict[str, list[En
         name: of the checkpoint.
     """
     return _by_attempt(name, await backend.list(names.attempts_prefix(name)))
+
+
+async def last_try(backend: StorageBackend, name: str, key: CommitKey) -> int:
+    """The highest number of an attempt to save this step of this generation that has files; 0 if none has."""
+    folder = names.attempt_path(name, Attempt(*key, 1)).rpartition("/")[0]
+    listed = _by_attempt(name, await backend.list(f"{folder}/"))
+    attempts = [attempt for attempt in map(names.parse_attempt, listed) if attempt is not None]
+    return max((attempt.number for attempt in attempts if attempt.key == key), default=0)
 
 
 async def unfinished_files(backend: StorageBackend, name: str) -> dict[str, list[Entry]]:
@@ -149,7 +158,7 @@ async def newest_key(backend: StorageBackend, name: str) -> CommitKey | None:
 async def pick(
     backend: StorageBackend, name: str, step: int | None, rejected: Set[CommitKey], notes: list[str]
 ) -> tuple[Commit, CommitKey]:
-    """Chooses what to load. A commit that cannot be read is passed over.
+    """Chooses what to load. A commit that cannot be read, or of a run that is not the generation's, is passed over.
 
     Args:
         backend: where the checkpoint lies.
@@ -222,15 +231,35 @@ async def _newest_of(backend: StorageBackend, name: str, keys: Sequence[CommitKe
 async def _read_or_note(
     backend: StorageBackend, name: str, key: CommitKey, notes: list[str] | None
 ) -> Commit | None:
-    """Reads a commit; if it is damaged, there is no falling back without notes."""
+    """Reads a commit; if it is damaged or foreign, there is no falling back without notes."""
     try:
-        return await read_commit(backend, name, key)
+        commit = await read_commit(backend, name, key)
+        await _check_run(backend, commit)
+        return commit
     except CorruptCheckpoint as error:
         if notes is None:
             raise
         note = f"{error}; going on with the checkpoint before it"
         notes += [note] if note not in notes else []
         return None
+
+
+async def _check_run(backend: StorageBackend, commit: Commit) -> None:
+    """Refuses what somebody copied in from another place, where this generation was another run."""
+    if commit.void:
+        return
+    path = names.generation_path(commit.name, commit.generation)
+    try:
+        run_id = decode_generation(bytes(await backend.read(path)), path).run_id
+        manifest = await read_manifest(backend, commit)
+    except (NotFound, CorruptCheckpoint, NewerFormat):
+        # No load needs the record, and of a manifest the load will tell.
+        return
+    if manifest.run_id != run_id:
+        raise CorruptCheckpoint(
+            f"{names.commit_path(commit.name, commit.key)} is of run {manifest.run_id}, and generation "
+            f"{commit.generation} is run {run_id} here: it was copied in; to load it, copy it to a folder of its own"
+        )
 
 
 async def _read(backend: StorageBackend, path: str) -> bytes:
