@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dtruntime_torch.build import build_info
     from dtruntime_torch.checkpoint.flatten import PerRank
     from dtruntime_torch.checkpoint.handle import SaveHandle, SaveMetrics
-    from dtruntime_torch.checkpoint.info import CheckpointInfo
+    from dtruntime_torch.checkpoint.info import CheckpointInfo, LoadedCheckpoint
     from dtruntime_torch.checkpoint.verify import VerifyReport
     from dtruntime_torch.hook import CheckpointHook
     from dtruntime_torch.manager import CheckpointManager
@@ -33,6 +33,7 @@ _HOMES = {
     "CheckpointManager": "dtruntime_torch.manager",
     "CheckpointWriter": "dtruntime_torch.writer",
     "ElasticDistributedSampler": "dtruntime_torch.sampler",
+    "LoadedCheckpoint": "dtruntime_torch.checkpoint.info",
     "LocalBackend": "dtruntime_torch.storage",
     "MemoryBackend": "dtruntime_torch.storage",
     "PerRank": "dtruntime_torch.checkpoint.flatten",
@@ -49,6 +50,7 @@ __all__ = [
     "CheckpointManager",
     "CheckpointWriter",
     "ElasticDistributedSampler",
+    "LoadedCheckpoint",
     "LocalBackend",
     "MemoryBackend",
     "PerRank",
