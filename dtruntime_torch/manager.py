@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from types import TracebackType
 from typing import get_args
 
@@ -14,7 +14,7 @@ from dtruntime_torch.checkpoint import catalog, restore
 from dtruntime_torch.checkpoint.arguments import check_step
 from dtruntime_torch.checkpoint.delta import DeltaPolicy
 from dtruntime_torch.checkpoint.handle import SaveHandle
-from dtruntime_torch.checkpoint.info import CheckpointInfo
+from dtruntime_torch.checkpoint.info import CheckpointInfo, LoadedCheckpoint
 from dtruntime_torch.checkpoint.lineage import Lineage
 from dtruntime_torch.checkpoint.names import CommitKey, check_name
 from dtruntime_torch.checkpoint.objects import Json
@@ -172,7 +172,14 @@ class CheckpointManager:
         self._check_open()
         return self._saver.start(state, step, metadata)
 
-    def load(self, state: object, step: int | None = None) -> CheckpointInfo:
+    def load(
+        self,
+        state: object,
+        step: int | None = None,
+        *,
+        keys: Collection[str] | None = None,
+        strict: bool = True,
+    ) -> LoadedCheckpoint:
         """Fills `state` in place from the newest sound checkpoint; on all ranks the same one, or none.
 
         A damaged checkpoint is skipped by all ranks together, with a warning that names file, tensor and bytes.
@@ -182,6 +189,16 @@ class CheckpointManager:
             state: as for `save`; modules, optimizers and stateful objects are loaded into, tensors of a dict are
                 filled, other values of a dict are replaced.
             step: load this one (of its newest generation) or fail, without falling back.
+            keys: names as `model.head`; only these and what lies below them are compared and filled. Of a module
+                and of a dict that may be any part. An optimizer, a scheduler and whatever else has a `state_dict`
+                are loaded whole or not at all.
+            strict: if False, names that only the state has are left as they are, and names that only the checkpoint
+                has are left out, as by torch's `load_state_dict`. Shapes and dtypes of what both have must agree,
+                and an optimizer that is loaded must have the parameters, in the groups, that it was saved with: to
+                load a model with a new head, leave the optimizer out by `keys`.
+
+        Returns:
+            What was loaded, with the `missing_keys` and `unexpected_keys` of all ranks together.
 
         Raises:
             CheckpointNotFound: nothing is committed, or not that step.
@@ -195,29 +212,34 @@ class CheckpointManager:
             raise InvalidArgument("bytes cannot be filled in place; use load_checkpoint")
         self._loads += 1
         self._saver.wait()
-        loaded = restore.load(self._backend, self.name, self._members, state, step, f"load/{self._loads}")
+        key = f"load/{self._loads}"
+        loaded = restore.load(self._backend, self.name, self._members, state, step, key, keys, strict)
         self._lineage.follow(loaded.info.key, loaded.newest)
         self._saver.health.note_good()
         return loaded.info
 
-    def load_checkpoint(self, name: str | None = None, step: int | None = None) -> object:
-        """Reads a whole checkpoint on this process alone.
+    def load_checkpoint(
+        self, name: str | None = None, step: int | None = None, keys: Collection[str] | None = None
+    ) -> object:
+        """Reads a whole checkpoint, or a part of it, on this process alone.
 
         Args:
             name: of the checkpoint; None for the manager's.
             step: which one (of its newest generation), without falling back; None for the newest sound one.
+            keys: names as `model.head`; only these and what lies below them are read. None for all.
 
         Returns:
             A fresh state dict with tensors on the host, or the bytes that were saved. Of what differs by rank it
-            has this rank's.
+            has this rank's. Its tensors share the memory that was read into: that is free when all of them are.
 
         Raises:
             CheckpointNotFound, CorruptCheckpoint: as for `load`.
+            CheckpointMismatch: a key names nothing, or ranks saved what does not fit into one state.
         """
         name = self.name if name is None else name
         check_name(name)
         step = None if step is None else check_step(step)
-        return restore.load_fresh(self._backend, name, step, self._members.rank)[0]
+        return restore.load_fresh(self._backend, name, step, self._members.rank, keys)
 
     def latest(self) -> CheckpointInfo | None:
         """Describes the newest checkpoint whose manifest is readable, or None; its data is not read."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from dtruntime_torch.checkpoint.load_plan import SavedState
+from dtruntime_torch.checkpoint.load_plan import SavedState, lies_in, select
 from dtruntime_torch.checkpoint.state.local_shard import BoxFinder, local_part
 from dtruntime_torch.checkpoint.state.module_target import module_request, tensor_request, wrapping_request
 from dtruntime_torch.checkpoint.state.nest import build_state, leaves_of
@@ -64,24 +64,61 @@ class Targets:
                 raise name_clash(node.fqn, self._nodes[node.fqn].path, node.path)
         self._requests: list[tuple[Node, Request]] = []
 
-    def want(self, saved: SavedState) -> Wanted:
+    def want(self, saved: SavedState, keys: tuple[str, ...] | None = None) -> Wanted:
         """Compares the state with a checkpoint and says what is needed of that; nothing is changed.
 
         Names, shapes and dtypes of tensors must agree, in modules and in dicts. Of an optimizer the parameters
         must be those that were saved, grouped alike; its state becomes the saved one. An object, and a stateful
         one that is neither module nor optimizer, takes whatever lies under its name; if that fits, it must know.
+
+        Args:
+            saved: what the checkpoint holds.
+            keys: only what lies in these is compared and wanted; None for all. Of a module that may be a part; an
+                optimizer, and whatever else is filled as one, is taken whole.
+
+        Raises:
+            InvalidArgument: a key names a part of what is taken whole.
         """
-        divided, others = divide(leaves_of(saved), self._nodes)
+        chosen = select(saved, keys)
+        divided, others = divide(leaves_of(chosen), self._nodes)
         boxes = BoxFinder()
         self._requests = [
-            (node, self._ask(node, divided.get(fqn), boxes)) for fqn, node in self._nodes.items()
+            (node, self._ask(node, divided.get(fqn), boxes, keys))
+            for fqn, node in self._nodes.items()
+            if self._is_chosen(node, keys)
         ]
         total = Request(unexpected=[leaf.fqn for leaf in others])
         for _, request in self._requests:
             total.include(request)
+        for key in keys or ():
+            if not self._knows(key) and select(saved, (key,)) == SavedState({}, {}):
+                total.differences.append(f"{key}: a key that names nothing")
         return Wanted(
-            tuple(total.tensors), tuple(total.objects), tuple(total.differences), tuple(total.unexpected)
+            tuple(total.tensors),
+            tuple(total.objects),
+            tuple(total.differences),
+            tuple(total.missing),
+            tuple(total.unexpected),
         )
+
+    def _is_chosen(self, node: Node, keys: tuple[str, ...] | None) -> bool:
+        if lies_in(node.fqn, keys):
+            return True
+        inside = [key for key in keys or () if lies_in(key, (node.fqn,))]
+        if inside and not isinstance(node.value, torch.nn.Module):
+            raise InvalidArgument(
+                f"the key {inside[0]!r} names a part of {node.fqn!r}, a {type(node.value).__name__}, which is loaded "
+                f"whole or not at all; give {node.fqn!r}"
+            )
+        return bool(inside)
+
+    def _knows(self, key: str) -> bool:
+        """Whether the state has anything that lies in a key."""
+        if any(lies_in(fqn, (key,)) for fqn in self._nodes):
+            return True
+        modules = (node for node in self._survey.nodes if isinstance(node.value, torch.nn.Module))
+        entries = (entry for node in modules for _, entry in self._survey.entries_of(node))
+        return any(lies_in(entry.fqn, (key,)) for entry in entries)
 
     def check(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, object]) -> None:
         """Finds what only shows once it was read; nothing is changed.
@@ -129,10 +166,12 @@ class Targets:
         for _, request in sorted(self._requests, key=lambda pair: _turn(pair[0])):
             request.fill(loaded)
 
-    def _ask(self, node: Node, below: Below | None, boxes: BoxFinder) -> Request:
+    def _ask(
+        self, node: Node, below: Below | None, boxes: BoxFinder, keys: tuple[str, ...] | None
+    ) -> Request:
         if isinstance(node.value, torch.nn.Module) and not (below is None and node.per_rank):
             leaves = below.leaves if below is not None else []
-            return module_request(node, self._survey, leaves, boxes)
+            return module_request(node, self._survey, leaves, boxes, keys)
         if below is None:
             return missing(node.fqn, node.per_rank)
         if isinstance(node.value, torch.optim.Optimizer):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from dtruntime_torch.checkpoint.format.records import ObjectEntry
+from dtruntime_torch.checkpoint.load_plan import lies_in
 from dtruntime_torch.checkpoint.objects import decode
 from dtruntime_torch.checkpoint.state.local_shard import BoxFinder, dtype_name, is_dtensor, local_tensor
 from dtruntime_torch.checkpoint.state.nest import SavedLeaf
@@ -28,7 +29,13 @@ from dtruntime_torch.checkpoint.state.wrappers import Wrapping, is_wrapper, mism
 _EXTRA_STATE = "_extra_state"
 
 
-def module_request(node: Node, survey: Survey, leaves: Sequence[SavedLeaf], boxes: BoxFinder) -> Request:
+def module_request(
+    node: Node,
+    survey: Survey,
+    leaves: Sequence[SavedLeaf],
+    boxes: BoxFinder,
+    keys: Sequence[str] | None = None,
+) -> Request:
     """Asks for all that a module's state has, and compares names, shapes and dtypes.
 
     Args:
@@ -36,8 +43,10 @@ def module_request(node: Node, survey: Survey, leaves: Sequence[SavedLeaf], boxe
         survey: knows its state.
         leaves: what the checkpoint holds under the module's name.
         boxes: finds the shards of DTensors.
+        keys: only what lies in these is asked for and filled; None for all.
     """
-    state, entries = survey.module_states[node.fqn], dict(survey.entries_of(node))
+    state = survey.module_states[node.fqn]
+    entries = {key: entry for key, entry in survey.entries_of(node) if lies_in(entry.fqn, keys)}
     divided, others = divide(leaves, {entry.fqn for entry in entries.values()})
     request = Request(unexpected=[leaf.fqn for leaf in others])
     requests = {
@@ -50,10 +59,11 @@ def module_request(node: Node, survey: Survey, leaves: Sequence[SavedLeaf], boxe
         new = OrderedDict(
             (key, _loaded_entry(key, entry, divided[entry.fqn], requests[key], loaded))
             for key, entry in entries.items()
+            if entry.fqn in divided
         )
         # The versions of the modules that `load_state_dict` may look at.
         new._metadata = getattr(state, "_metadata", None)  # type: ignore[attr-defined]
-        node.value.load_state_dict(new)
+        node.value.load_state_dict(new, strict=len(new) == len(state))
 
     request.fill = fill
     return request
@@ -131,10 +141,10 @@ def _loaded_entry(key: str, entry: Node, below: Below, request: Request, loaded:
         request.fill(loaded)
         return entry.value
     data = loaded.tensors[below.leaves[0].fqn]
-    if not is_dtensor(entry.value):
+    if not is_dtensor(entry.value) and entry.value.device.type != "cpu":
         return data
     # Made a DTensor on its way, a second copy of the shard would lie on the device. Filled where it is, what
-    # `load_state_dict` copies is the parameter itself.
+    # `load_state_dict` copies is the parameter itself, which torch notices. On the host that is the quicker way, too.
     fill_tensor(entry.value, data)
     return entry.value
 
