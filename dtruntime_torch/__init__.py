@@ -15,9 +15,9 @@ from dtruntime_torch._version import __version__
 if TYPE_CHECKING:
     from dtruntime_torch.build import build_info
     from dtruntime_torch.checkpoint.delta import DeltaPolicy
-    from dtruntime_torch.checkpoint.flatten import PerRank
+    from dtruntime_torch.checkpoint.flatten import PerRank, register_codec
     from dtruntime_torch.checkpoint.handle import SaveHandle, SaveMetrics
-    from dtruntime_torch.checkpoint.info import CheckpointInfo
+    from dtruntime_torch.checkpoint.info import CheckpointInfo, LoadedCheckpoint
     from dtruntime_torch.checkpoint.prune_plan import PruneReport
     from dtruntime_torch.checkpoint.retention import KeepBest, RetentionPolicy
     from dtruntime_torch.checkpoint.verify import VerifyReport
@@ -39,6 +39,7 @@ _HOMES = {
     "DeltaPolicy": "dtruntime_torch.checkpoint.delta",
     "ElasticDistributedSampler": "dtruntime_torch.sampler",
     "KeepBest": "dtruntime_torch.checkpoint.retention",
+    "LoadedCheckpoint": "dtruntime_torch.checkpoint.info",
     "LocalBackend": "dtruntime_torch.storage",
     "MemoryBackend": "dtruntime_torch.storage",
     "PerRank": "dtruntime_torch.checkpoint.flatten",
@@ -50,6 +51,7 @@ _HOMES = {
     "StorageBackend": "dtruntime_torch.storage",
     "VerifyReport": "dtruntime_torch.checkpoint.verify",
     "build_info": "dtruntime_torch.build",
+    "register_codec": "dtruntime_torch.checkpoint.flatten",
 }
 
 __all__ = [
@@ -60,6 +62,7 @@ __all__ = [
     "DeltaPolicy",
     "ElasticDistributedSampler",
     "KeepBest",
+    "LoadedCheckpoint",
     "LocalBackend",
     "MemoryBackend",
     "PerRank",
@@ -73,6 +76,7 @@ __all__ = [
     "__version__",
     "build_info",
     "errors",
+    "register_codec",
 ]
 
 

@@ -296,6 +296,16 @@ class Barrier:
             logger.warning("rank %d is done with %s, but could not say so: %s", self.rank, key, error)
 
 
+@contextmanager
+def declining(barrier: Barrier, key: str) -> Iterator[None]:
+    """Tells the other ranks if this one is interrupted on its way to a meeting, so that none waits for it in vain."""
+    try:
+        yield
+    except BaseException as error:
+        barrier.decline(key, error)
+        raise
+
+
 def _name(ranks: Sequence[int]) -> str:
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {list(ranks)}"
 

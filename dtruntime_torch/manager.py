@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from types import TracebackType
+from typing import get_args
 
 from torch.distributed.distributed_c10d import ProcessGroup, Store
 
@@ -13,13 +14,13 @@ from dtruntime_torch.checkpoint import catalog, restore
 from dtruntime_torch.checkpoint.arguments import check_step
 from dtruntime_torch.checkpoint.delta import DeltaPolicy
 from dtruntime_torch.checkpoint.handle import SaveHandle
-from dtruntime_torch.checkpoint.info import CheckpointInfo
+from dtruntime_torch.checkpoint.info import CheckpointInfo, LoadedCheckpoint
 from dtruntime_torch.checkpoint.lineage import Lineage
 from dtruntime_torch.checkpoint.names import CommitKey, check_name
 from dtruntime_torch.checkpoint.objects import Json
 from dtruntime_torch.checkpoint.prune_plan import PruneReport
 from dtruntime_torch.checkpoint.retention import KeepBest, RetentionPolicy
-from dtruntime_torch.checkpoint.save import Saver
+from dtruntime_torch.checkpoint.save import OnFailure, Saver
 from dtruntime_torch.checkpoint.verify import VerifyReport, find_commit, verify
 from dtruntime_torch.errors import CorruptCheckpoint, DTRuntimeError, InvalidArgument
 from dtruntime_torch.membership import join
@@ -48,6 +49,9 @@ class CheckpointManager:
         keep_every_n_steps: those whose step is a multiple of this stay, too.
         keep_best: those with the best values of a metric stay, too; see `KeepBest`.
         pinned_steps: these steps stay, too.
+        on_failure: what becomes of a failed save that nobody asked for by `result` or `await`. "warn": the next save
+            warns of it and goes on; "raise": the next save raises its error, once, and is not taken. Either way it
+            is logged, counted in `failed_saves`, and raised by `close`. Let it be the same on all ranks.
         timeout: seconds after which a wait for other ranks is given up, with an error that names them.
         process_group: the ranks that save together; None for all, or for this process alone where
             torch.distributed is not initialised.
@@ -76,6 +80,7 @@ class CheckpointManager:
         keep_every_n_steps: int | None = None,
         keep_best: KeepBest | None = None,
         pinned_steps: Iterable[int] = (),
+        on_failure: OnFailure = "warn",
         timeout: float = 600.0,
         process_group: ProcessGroup | None = None,
         store: Store | None = None,
@@ -86,6 +91,8 @@ class CheckpointManager:
         if not timeout > 0:
             raise InvalidArgument(f"timeout is {timeout}; it is a positive number of seconds")
         policy = RetentionPolicy(keep_last_n, keep_every_n_steps, keep_best, frozenset(pinned_steps))
+        if on_failure not in get_args(OnFailure):
+            raise InvalidArgument(f'on_failure is {on_failure!r}; it is "warn" or "raise"')
         self.name = name
         self._backend = backend_for(storage)
         self._members = join(process_group, store, timeout)
@@ -96,7 +103,7 @@ class CheckpointManager:
             raise InvalidArgument(f"retry is {retry!r}; give a RetryPolicy or None")
         deltas = (DeltaPolicy() if delta else None) if isinstance(delta, bool) else delta
         self._saver = Saver(
-            self._backend, name, self._members, self._lineage, chunk_bytes, policy, deltas, retry
+            self._backend, name, self._members, self._lineage, chunk_bytes, policy, deltas, retry, on_failure
         )
         self._loads = 0
         self._closed = False
@@ -111,6 +118,21 @@ class CheckpointManager:
     def world_size(self) -> int:
         """How many processes save together."""
         return self._members.world_size
+
+    @property
+    def failed_saves(self) -> int:
+        """How many saves of this manager became no checkpoint, whether the call or the handle told it."""
+        return self._saver.health.failed_saves
+
+    @property
+    def age_of_last_good(self) -> float | None:
+        """Seconds since this manager last made or loaded a checkpoint; None if it did neither.
+
+        Example: a job that would rather stop than train on for an hour that nothing would keep
+            if (manager.age_of_last_good or 0.0) > 3600:
+                raise RuntimeError("nothing was saved for an hour")
+        """
+        return self._saver.health.age_of_last_good
 
     def prepare(self, state: object) -> None:
         """Does what depends on the state's structure only, so that the first save finds it done.
@@ -129,7 +151,7 @@ class CheckpointManager:
         """Takes a snapshot before it returns, and writes and commits it in the background.
 
         Waits first for a save that is still under way. A failure of that one, if nobody asked for its result, is
-        told as a RuntimeWarning; a CommitConflict is raised, since no later save can succeed.
+        told as `on_failure` says; a CommitConflict is raised, since no later save can succeed.
 
         Args:
             state: `{name: module | optimizer | anything with state_dict | value}`, a plain (nested) state dict, or
@@ -150,7 +172,14 @@ class CheckpointManager:
         self._check_open()
         return self._saver.start(state, step, metadata)
 
-    def load(self, state: object, step: int | None = None) -> CheckpointInfo:
+    def load(
+        self,
+        state: object,
+        step: int | None = None,
+        *,
+        keys: Collection[str] | None = None,
+        strict: bool = True,
+    ) -> LoadedCheckpoint:
         """Fills `state` in place from the newest sound checkpoint; on all ranks the same one, or none.
 
         A damaged checkpoint is skipped by all ranks together, with a warning that names file, tensor and bytes.
@@ -160,6 +189,16 @@ class CheckpointManager:
             state: as for `save`; modules, optimizers and stateful objects are loaded into, tensors of a dict are
                 filled, other values of a dict are replaced.
             step: load this one (of its newest generation) or fail, without falling back.
+            keys: names as `model.head`; only these and what lies below them are compared and filled. Of a module
+                and of a dict that may be any part. An optimizer, a scheduler and whatever else has a `state_dict`
+                are loaded whole or not at all.
+            strict: if False, names that only the state has are left as they are, and names that only the checkpoint
+                has are left out, as by torch's `load_state_dict`. Shapes and dtypes of what both have must agree,
+                and an optimizer that is loaded must have the parameters, in the groups, that it was saved with: to
+                load a model with a new head, leave the optimizer out by `keys`.
+
+        Returns:
+            What was loaded, with the `missing_keys` and `unexpected_keys` of all ranks together.
 
         Raises:
             CheckpointNotFound: nothing is committed, or not that step.
@@ -173,28 +212,34 @@ class CheckpointManager:
             raise InvalidArgument("bytes cannot be filled in place; use load_checkpoint")
         self._loads += 1
         self._saver.wait()
-        loaded = restore.load(self._backend, self.name, self._members, state, step, f"load/{self._loads}")
+        key = f"load/{self._loads}"
+        loaded = restore.load(self._backend, self.name, self._members, state, step, key, keys, strict)
         self._lineage.follow(loaded.info.key, loaded.newest)
+        self._saver.health.note_good()
         return loaded.info
 
-    def load_checkpoint(self, name: str | None = None, step: int | None = None) -> object:
-        """Reads a whole checkpoint on this process alone.
+    def load_checkpoint(
+        self, name: str | None = None, step: int | None = None, keys: Collection[str] | None = None
+    ) -> object:
+        """Reads a whole checkpoint, or a part of it, on this process alone.
 
         Args:
             name: of the checkpoint; None for the manager's.
             step: which one (of its newest generation), without falling back; None for the newest sound one.
+            keys: names as `model.head`; only these and what lies below them are read. None for all.
 
         Returns:
             A fresh state dict with tensors on the host, or the bytes that were saved. Of what differs by rank it
-            has this rank's.
+            has this rank's. Its tensors share the memory that was read into: that is free when all of them are.
 
         Raises:
             CheckpointNotFound, CorruptCheckpoint: as for `load`.
+            CheckpointMismatch: a key names nothing, or ranks saved what does not fit into one state.
         """
         name = self.name if name is None else name
         check_name(name)
         step = None if step is None else check_step(step)
-        return restore.load_fresh(self._backend, name, step, self._members.rank)[0]
+        return restore.load_fresh(self._backend, name, step, self._members.rank, keys)
 
     def latest(self) -> CheckpointInfo | None:
         """Describes the newest checkpoint whose manifest is readable, or None; its data is not read."""

@@ -256,6 +256,18 @@ def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning(tmp_path, target,
             assert load_newest(LocalBackend(tmp_path)) == 1
 
 
+@pytest.mark.parametrize("load", ["load", "load_checkpoint"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_warning_of_damage_is_given_where_the_user_loads(tmp_path, target, load):
+    with dt.CheckpointManager(tmp_path, chunk_bytes=CHUNK) as manager:
+        for step in (1, 2):
+            manager.save(state_of(step), step)
+        DAMAGES["flipped first byte"](TARGETS[target](tmp_path))
+        with pytest.warns(RuntimeWarning) as caught:
+            manager.load(state_of(0)) if load == "load" else manager.load_checkpoint()
+    assert [warning.filename for warning in caught] == [__file__]
+
+
 def test_the_warning_names_file_tensor_and_bytes(tmp_path):
     with dt.CheckpointManager(tmp_path, chunk_bytes=CHUNK) as manager:
         for step in (1, 2):

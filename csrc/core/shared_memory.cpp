@@ -69,6 +69,11 @@ Status SharedMemory::truncate(size_t nbytes) {
   return {};
 }
 
+size_t SharedMemory::allocated() const {
+  struct stat about;
+  return fstat(file_, &about) == 0 ? static_cast<size_t>(about.st_blocks) * 512 : 0;
+}
+
 Status SharedMemory::check_room(size_t nbytes) const {
   struct statvfs about;
   struct stat ours;

@@ -35,6 +35,9 @@ class SharedMemory {
   // has not got yet. kSystem, ENOSPC if there is no room. REQUIRES: is_open().
   Status reserve(size_t nbytes);
 
+  // Bytes that the system has handed out for it; 0 if it does not say. REQUIRES: is_open().
+  size_t allocated() const;
+
   // ENOSPC if reserve() would surely fail: nobody is to fill the folder to its brim to find out.
   Status check_room(size_t nbytes) const;
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 
 from dtruntime_torch.checkpoint.format import strict_json
 from dtruntime_torch.checkpoint.names import MAX_INTEGER
@@ -27,6 +28,25 @@ def check_step(step: object) -> int:
     if isinstance(step, bool) or not 0 <= number <= MAX_INTEGER:
         raise InvalidArgument(f"step is {step!r}; it is an integer from 0 to {MAX_INTEGER}")
     return number
+
+
+def check_keys(keys: object) -> tuple[str, ...] | None:
+    """Returns names to load, in order and each once; None are all.
+
+    Raises:
+        InvalidArgument: it is no collection of names, or an empty one.
+
+    Example:
+        >>> check_keys(["model.head", "epoch"])
+        ('epoch', 'model.head')
+    """
+    if keys is None:
+        return None
+    if isinstance(keys, str) or not isinstance(keys, Collection) or not all(isinstance(k, str) for k in keys):
+        raise InvalidArgument(f"keys is {keys!r}; give a list of names, as ['model.head', 'epoch']")
+    if not keys or "" in keys:
+        raise InvalidArgument("keys has no name in it, or an empty one; leave it out to load everything")
+    return tuple(sorted(set(keys)))
 
 
 def check_metadata(metadata: object) -> Json:

@@ -6,7 +6,6 @@ Nothing is decoded before its hash was compared, except the commit itself: that 
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Awaitable, Callable, Sequence, Set
 from typing import TypeVar
 
@@ -17,11 +16,12 @@ from dtruntime_torch.checkpoint.manifest import (
     Manifest,
     Part,
     decode_commit,
+    decode_generation,
     decode_manifest,
     decode_part,
 )
-from dtruntime_torch.checkpoint.names import CommitKey
-from dtruntime_torch.errors import CheckpointNotFound, CorruptCheckpoint, Damage, NotFound
+from dtruntime_torch.checkpoint.names import Attempt, CommitKey
+from dtruntime_torch.errors import CheckpointNotFound, CorruptCheckpoint, Damage, NewerFormat, NotFound
 from dtruntime_torch.storage.backend import Entry, StorageBackend
 
 R = TypeVar("R")
@@ -62,6 +62,14 @@ async def attempt_files(backend: StorageBackend, name: str) -> dict[str, list[En
         name: of the checkpoint.
     """
     return _by_attempt(name, await backend.list(names.attempts_prefix(name)))
+
+
+async def last_try(backend: StorageBackend, name: str, key: CommitKey) -> int:
+    """The highest number of an attempt to save this step of this generation that has files; 0 if none has."""
+    folder = names.attempt_path(name, Attempt(*key, 1)).rpartition("/")[0]
+    listed = _by_attempt(name, await backend.list(f"{folder}/"))
+    attempts = [attempt for attempt in map(names.parse_attempt, listed) if attempt is not None]
+    return max((attempt.number for attempt in attempts if attempt.key == key), default=0)
 
 
 async def unfinished_files(backend: StorageBackend, name: str) -> dict[str, list[Entry]]:
@@ -148,15 +156,16 @@ async def newest_key(backend: StorageBackend, name: str) -> CommitKey | None:
 
 
 async def pick(
-    backend: StorageBackend, name: str, step: int | None, rejected: Set[CommitKey]
+    backend: StorageBackend, name: str, step: int | None, rejected: Set[CommitKey], notes: list[str]
 ) -> tuple[Commit, CommitKey]:
-    """Chooses what to load. A commit that cannot be read is passed over with a warning.
+    """Chooses what to load. A commit that cannot be read, or of a run that is not the generation's, is passed over.
 
     Args:
         backend: where the checkpoint lies.
         name: of the checkpoint.
         step: None for the newest commit; else the newest generation's of that step, with no falling back.
         rejected: commits that turned out to be damaged.
+        notes: where to add, once, what the user has to be warned of.
 
     Returns:
         The commit, and what `newest_key` returns.
@@ -173,7 +182,7 @@ async def pick(
         for key in reversed(keys):
             if key in rejected or step not in (None, key.step):
                 continue
-            commit = await _read_or_warn(backend, name, key, fall_back=step is None)
+            commit = await _read_or_note(backend, name, key, None if step is not None else notes)
             if commit is not None and not commit.void:
                 return commit, top
         if step is not None:
@@ -219,16 +228,38 @@ async def _newest_of(backend: StorageBackend, name: str, keys: Sequence[CommitKe
     return None
 
 
-async def _read_or_warn(
-    backend: StorageBackend, name: str, key: CommitKey, *, fall_back: bool
+async def _read_or_note(
+    backend: StorageBackend, name: str, key: CommitKey, notes: list[str] | None
 ) -> Commit | None:
+    """Reads a commit; if it is damaged or foreign, there is no falling back without notes."""
     try:
-        return await read_commit(backend, name, key)
+        commit = await read_commit(backend, name, key)
+        await _check_run(backend, commit)
+        return commit
     except CorruptCheckpoint as error:
-        if not fall_back:
+        if notes is None:
             raise
-        warnings.warn(f"{error}; going on with the checkpoint before it", RuntimeWarning, stacklevel=2)
+        note = f"{error}; going on with the checkpoint before it"
+        notes += [note] if note not in notes else []
         return None
+
+
+async def _check_run(backend: StorageBackend, commit: Commit) -> None:
+    """Refuses what somebody copied in from another place, where this generation was another run."""
+    if commit.void:
+        return
+    path = names.generation_path(commit.name, commit.generation)
+    try:
+        run_id = decode_generation(bytes(await backend.read(path)), path).run_id
+        manifest = await read_manifest(backend, commit)
+    except (NotFound, CorruptCheckpoint, NewerFormat):
+        # No load needs the record, and of a manifest the load will tell.
+        return
+    if manifest.run_id != run_id:
+        raise CorruptCheckpoint(
+            f"{names.commit_path(commit.name, commit.key)} is of run {manifest.run_id}, and generation "
+            f"{commit.generation} is run {run_id} here: it was copied in; to load it, copy it to a folder of its own"
+        )
 
 
 async def _read(backend: StorageBackend, path: str) -> bytes:

@@ -1,50 +1,65 @@
-"""What one rank needs of a committed checkpoint, read and checked; no other rank is asked.
+"""What one rank needs of a committed checkpoint, and the memory that it is read into.
 
-Host memory is allocated per stored shard, after the shard's extents were checked against the true length of
-their file, so that no manifest can make a reader allocate more than the files justify.
+First the part manifests, the names and shapes, and the lengths of the files; then memory, so that no manifest can make a
+reader allocate more than the files justify; then the bytes, each chunk checked.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from dtruntime_torch import _C
 from dtruntime_torch.checkpoint import catalog, objects
-from dtruntime_torch.checkpoint.chunk_reader import read_entries
+from dtruntime_torch.checkpoint.assembly import Staged, assemble
+from dtruntime_torch.checkpoint.chunk_needs import Needs, needs_of, runs_of
 from dtruntime_torch.checkpoint.load_plan import SavedState, index_parts, make_load_plan
 from dtruntime_torch.checkpoint.manifest import Commit, Manifest, Part
-from dtruntime_torch.checkpoint.specs import LoadPlan, ReadItem, Shape, TensorSpec
+from dtruntime_torch.checkpoint.node_shares import Shares, divide
+from dtruntime_torch.checkpoint.placement import place
+from dtruntime_torch.checkpoint.share_reader import check_sizes, read_share
+from dtruntime_torch.checkpoint.specs import LoadPlan
 from dtruntime_torch.checkpoint.targets import Wanted
-from dtruntime_torch.errors import CorruptCheckpoint, Damage, NotFound
+from dtruntime_torch.errors import CorruptCheckpoint, Damage
 from dtruntime_torch.storage import StorageBackend
 
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What one rank read, every digest checked.
+    """What a checkpoint holds, and what of it one rank needs.
 
     Attributes:
         manifest: of the checkpoint.
-        saved: all that it holds.
+        parts: rank that saved -> its part.
+        saved: all that it holds for this rank.
         wanted: what was asked for, and how it differs from what is held.
-        tensors: fqn -> this rank's shard, on the host; empty where anything differs.
-        values: fqn -> object; empty where anything differs.
+        plan: the boxes to read; none where anything differs.
+        needs: the chunks that they touch.
     """
 
     manifest: Manifest
+    parts: dict[int, Part]
     saved: SavedState
     wanted: Wanted
-    tensors: dict[str, torch.Tensor]
-    values: dict[str, object]
+    plan: LoadPlan
+    needs: Needs
+
+    def values(self) -> dict[str, object]:
+        """The wanted objects: fqn -> value."""
+        return {fqn: objects.decode(self.saved.objects[fqn].value, where=fqn) for fqn in self.wanted.objects}
+
+    def tensors(self, staged: Staged) -> dict[str, torch.Tensor]:
+        """The wanted shards, on the host, where possible on the memory that they were read into."""
+        return assemble(self.plan, self.wanted.tensors, self.parts, staged)
 
 
-async def read_contents(
+async def survey_contents(
     backend: StorageBackend, commit: Commit, rank: int, want: Callable[[SavedState], Wanted]
 ) -> Contents:
-    """Reads what is wanted of a checkpoint, and nothing where names or shapes differ.
+    """Reads what a checkpoint holds, and finds what is wanted of it; its data is not read.
 
     Args:
         backend: where it lies.
@@ -53,7 +68,7 @@ async def read_contents(
         want: chooses, given all that the checkpoint holds.
 
     Raises:
-        CorruptCheckpoint: with every damaged range that was met.
+        CorruptCheckpoint: a manifest is damaged, or a data file that is needed is missing or has another length.
     """
     manifest = await catalog.read_manifest(backend, commit)
     ranks = range(manifest.world_size)
@@ -62,66 +77,70 @@ async def read_contents(
     saved = index_parts(parts, rank)
     wanted = want(saved)
     if wanted.differences:
-        return Contents(manifest, saved, wanted, {}, {})
+        return Contents(manifest, parts, saved, wanted, LoadPlan(()), {})
     plan = make_load_plan(saved, parts, wanted.tensors)
-    shards = await _read_shards(backend, manifest, parts, plan)
-    boxes: dict[str, list[ReadItem]] = {spec.fqn: [] for spec in wanted.tensors}
-    for item in plan.items:
-        boxes[item.wanted.fqn].append(item)
-    tensors = {spec.fqn: _assemble(spec, boxes[spec.fqn], parts, shards) for spec in wanted.tensors}
-    values = {fqn: objects.decode(saved.objects[fqn].value, where=fqn) for fqn in wanted.objects}
-    return Contents(manifest, saved, wanted, tensors, values)
+    needs = needs_of(plan, parts)
+    refuse_damage(manifest, await check_sizes(backend, manifest.name, parts, runs_of(parts, needs)))
+    return Contents(manifest, parts, saved, wanted, plan, needs)
 
 
-async def _read_shards(
-    backend: StorageBackend, manifest: Manifest, parts: Mapping[int, Part], plan: LoadPlan
-) -> dict[tuple[int, int], torch.Tensor]:
-    """Reads each stored shard that the plan needs, as bytes: (rank of the part, entry) -> uint8 tensor."""
-    shards: dict[tuple[int, int], torch.Tensor] = {}
-    damage: list[Damage] = []
-    for rank, part in parts.items():
-        needed = sorted({item.entry for item in plan.items if item.rank == rank})
-        if not needed:
-            continue
-        if not await _files_are_whole(backend, manifest.name, part):
-            damage += await read_entries(backend, manifest.name, part, dict.fromkeys(needed))
-            continue
-        buffers = {i: torch.empty(part.tensors[i].nbytes, dtype=torch.uint8) for i in needed}
-        views = {i: buffer.numpy().data for i, buffer in buffers.items()}
-        damage += await read_entries(backend, manifest.name, part, views)
-        shards.update({(rank, i): buffer for i, buffer in buffers.items()})
+async def read_alone(backend: StorageBackend, contents: Contents) -> Staged:
+    """Reads all that this rank needs.
+
+    Raises:
+        CorruptCheckpoint: with every damaged range that was met.
+    """
+    return await read_shares(backend, contents, divide([contents.needs], contents.parts), 0)
+
+
+async def read_shares(
+    backend: StorageBackend,
+    contents: Contents,
+    shares: Shares,
+    position: int,
+    common: Sequence[_C.Arena] = (),
+) -> Staged:
+    """Reads what one rank of a node alone needs, and its share of what several of them do.
+
+    Args:
+        backend: where the checkpoint lies.
+        contents: of this rank.
+        shares: of the ranks of the node.
+        position: of this rank among them.
+        common: the memory of each rank for its share of what several need, none if nothing is.
+
+    Returns:
+        Where everything lies that this rank may need; what others read is there once they have said so.
+
+    Raises:
+        CorruptCheckpoint: with every damaged range that was met.
+    """
+    name, parts = contents.manifest.name, contents.parts
+    staged = Staged()
+    headers, damage = shares.files_of(position), []
+    for reader, arena in enumerate(common):
+        placement, memory = place(shares.common[reader]), memoryview(arena)
+        staged.add(placement.runs, memory)
+        if reader == position:
+            damage += await read_share(backend, name, parts, placement, memory, headers)
+            headers = []
+    placement = place(shares.own[position])
+    # A device takes from pinned memory what the driver would else copy once more.
+    pin: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    memory = memoryview(_C.Arena(max(1, placement.nbytes), pin=pin))
+    damage += await read_share(backend, name, parts, placement, memory, headers)
+    staged.add(placement.runs, memory)
+    refuse_damage(contents.manifest, damage)
+    return staged
+
+
+def refuse_damage(manifest: Manifest, damage: Sequence[Damage]) -> None:
+    """Raises if there is damage.
+
+    Raises:
+        CorruptCheckpoint: naming all of it.
+    """
     if damage:
         raise CorruptCheckpoint(
             f"step {manifest.step} of {manifest.name} is damaged: {'; '.join(map(str, damage))}", damage
         )
-    return shards
-
-
-async def _files_are_whole(backend: StorageBackend, name: str, part: Part) -> bool:
-    """Whether the files are as long as the part says, so that room for its tensors may be made."""
-    try:
-        sizes = [await backend.size(f"{name}/{file.path}") for file in part.files]
-    except NotFound:
-        return False
-    return sizes == [file.length for file in part.files]
-
-
-def _assemble(
-    spec: TensorSpec,
-    items: Sequence[ReadItem],
-    parts: Mapping[int, Part],
-    shards: Mapping[tuple[int, int], torch.Tensor],
-) -> torch.Tensor:
-    """Puts together a wanted shard; one that is stored as it is wanted is not copied."""
-    dtype = getattr(torch, spec.dtype)
-    if len(items) == 1 and parts[items[0].rank].tensors[items[0].entry].shape == spec.shape:
-        return shards[items[0].rank, items[0].entry].view(dtype).view(spec.shape)
-    tensor = torch.empty(spec.shape, dtype=dtype)
-    for item in items:
-        stored = shards[item.rank, item.entry].view(dtype).view(parts[item.rank].tensors[item.entry].shape)
-        tensor[_box(item.target, item.shape)] = stored[_box(item.source, item.shape)]
-    return tensor
-
-
-def _box(offsets: Shape, shape: Shape) -> tuple[slice, ...]:
-    return tuple(slice(start, start + size) for start, size in zip(offsets, shape, strict=True))

@@ -6,15 +6,15 @@ leaf a spec and its encoded value. Nothing is copied but what is no tensor, and 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from dtruntime_torch.checkpoint import objects
-from dtruntime_torch.checkpoint.objects import Json
+from dtruntime_torch.checkpoint.objects import Json, register_codec
 from dtruntime_torch.checkpoint.specs import FlatSpecs, ObjectSpec, Path, TensorSpec
+from dtruntime_torch.checkpoint.state.codecs import register_codecs
 from dtruntime_torch.checkpoint.state.local_shard import (
     BoxFinder,
     check_plain,
@@ -25,10 +25,13 @@ from dtruntime_torch.checkpoint.state.local_shard import (
     require_member,
 )
 from dtruntime_torch.checkpoint.state.stateful import Leaf, Survey
-from dtruntime_torch.checkpoint.state.traverse import Node, PerRank, is_ndarray, name_clash
-from dtruntime_torch.errors import UnsupportedType
+from dtruntime_torch.checkpoint.state.traverse import Node, PerRank, name_clash
+from dtruntime_torch.checkpoint.state.wrappers import innermost
 
-__all__ = ["FlatState", "PerRank", "flatten_state"]
+__all__ = ["FlatState", "PerRank", "flatten_state", "register_codec"]
+
+# Who registers a codec comes through here too, so ours are always there first.
+register_codecs()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +76,15 @@ def flatten_state(state: object, rank: int) -> FlatState:
 
 def _owned_data(survey: Survey) -> frozenset[Hashable]:
     """The memory of the parameters of the state's optimizers; a DTensor's mesh tells what its optimizer would."""
-    plain = [(name, parameter) for name, parameter in survey.named_parameters() if not is_dtensor(parameter)]
-    for name, parameter in plain:
-        check_plain(parameter, name)
-    return frozenset(memory_of(parameter) for _, parameter in plain)
+    plain = [
+        part
+        for name, parameter in survey.named_parameters()
+        for part in innermost(parameter, name)
+        if not is_dtensor(part[1])
+    ]
+    for name, tensor in plain:
+        check_plain(tensor, name)
+    return frozenset(memory_of(tensor) for _, tensor in plain)
 
 
 class _Collector:
@@ -152,10 +160,6 @@ class _Collector:
         )
 
     def _add_object(self, node: Node, index: int) -> None:
-        if is_ndarray(node.value):
-            raise UnsupportedType(
-                f"{node.fqn}: a NumPy array cannot be stored; store torch.from_numpy(array) instead"
-            )
         self._values[node.fqn] = objects.encode(_as_plain(node.value), where=node.fqn)
         self._object_specs.append(ObjectSpec(node.fqn, node.path, index, node.per_rank))
 
@@ -170,38 +174,10 @@ def _as_plain(value: object, inside: tuple[int, ...] = ()) -> object:
     if id(value) in inside or len(inside) > objects.MAX_DEPTH:
         return value
     inside = (*inside, id(value))
-    if isinstance(value, Mapping) and type(value) is not Counter:
+    if isinstance(value, Mapping) and not objects.has_codec(type(value)):
         return {key: _as_plain(item, inside) for key, item in value.items()}
     if type(value) is list:
         return [_as_plain(item, inside) for item in value]
     if type(value) is tuple:
         return tuple(_as_plain(item, inside) for item in value)
     return value
-
-
-def _dtype_named(name: object) -> torch.dtype:
-    dtype = getattr(torch, name, None) if isinstance(name, str) else None
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"torch has no dtype {name!r}")
-    return dtype
-
-
-def _size_of(sizes: object) -> torch.Size:
-    if not isinstance(sizes, list):
-        raise TypeError(f"{sizes!r} is no list of sizes")
-    return torch.Size(sizes)
-
-
-def _counter_of(counts: object) -> Counter[object]:
-    if not isinstance(counts, dict):
-        raise TypeError(f"{counts!r} is no dict of counts")
-    return Counter(counts)
-
-
-objects.register_codec(torch.Size, "torch.Size", list, _size_of)
-objects.register_codec(
-    torch.dtype, "torch.dtype", lambda dtype: str(dtype).removeprefix("torch."), _dtype_named
-)
-objects.register_codec(torch.device, "torch.device", str, lambda name: torch.device(str(name)))
-# MultiStepLR keeps its milestones in one.
-objects.register_codec(Counter, "collections.Counter", dict, _counter_of)

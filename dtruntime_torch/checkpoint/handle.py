@@ -83,6 +83,10 @@ class SaveHandle:
         """Calls `callback(self)` when the save has ended, in the thread that ends it."""
         self._future.add_done_callback(lambda _: callback(self))
 
+    def mark_seen(self) -> None:
+        """Notes that somebody was told how the save ended."""
+        self._seen = True
+
     def unseen_failure(self) -> BaseException | None:
         """The error of a save that has ended and whose failure nobody was told of by `result` or `await`."""
         if self._seen or not self._future.done():

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from dtruntime_torch.checkpoint.manifest import Manifest
 from dtruntime_torch.checkpoint.names import CommitKey
 from dtruntime_torch.checkpoint.objects import Json
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class CheckpointInfo:
-    """One committed checkpoint.
+    """One committed checkpoint. Two are equal if they are of the same one.
 
     Attributes:
         name: the name that it was saved under.
@@ -46,20 +48,50 @@ class CheckpointInfo:
         """What orders checkpoints: (generation, step)."""
         return CommitKey(self.generation, self.step)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CheckpointInfo) and (self.path, self.sha256) == (other.path, other.sha256)
+
+    def __hash__(self) -> int:
+        return hash((self.path, self.sha256))
+
     @classmethod
     def of(cls, manifest: Manifest, sha256: str) -> CheckpointInfo:
         """Describes the checkpoint of a manifest whose SHA-256 is given in hex."""
-        return cls(
-            name=manifest.name,
-            step=manifest.step,
-            generation=manifest.generation,
-            path=f"{manifest.name}/{manifest.attempt}",
-            nbytes=manifest.nbytes,
-            written=manifest.written,
-            full=manifest.full,
-            sha256=sha256,
-            world_size=manifest.world_size,
-            created=manifest.created,
-            versions=dict(manifest.versions),
-            metadata=manifest.metadata,
-        )
+        return cls(**_fields(manifest, sha256))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedCheckpoint(CheckpointInfo):
+    """The checkpoint that a load took, and what it did not; the same on all ranks.
+
+    Attributes:
+        missing_keys: names of the state, of any rank's, that the checkpoint does not have; not filled.
+        unexpected_keys: names of the checkpoint for which no rank's state has a place.
+    """
+
+    missing_keys: list[str] = field(default_factory=list)
+    unexpected_keys: list[str] = field(default_factory=list)
+
+    @classmethod
+    def from_load(
+        cls, manifest: Manifest, sha256: str, missing: Sequence[str], unexpected: Sequence[str]
+    ) -> LoadedCheckpoint:
+        """Describes a load of the checkpoint of a manifest whose SHA-256 is given in hex."""
+        return cls(**_fields(manifest, sha256), missing_keys=list(missing), unexpected_keys=list(unexpected))
+
+
+def _fields(manifest: Manifest, sha256: str) -> dict[str, Any]:
+    return {
+        "name": manifest.name,
+        "step": manifest.step,
+        "generation": manifest.generation,
+        "path": f"{manifest.name}/{manifest.attempt}",
+        "nbytes": manifest.nbytes,
+        "written": manifest.written,
+        "full": manifest.full,
+        "sha256": sha256,
+        "world_size": manifest.world_size,
+        "created": manifest.created,
+        "versions": dict(manifest.versions),
+        "metadata": manifest.metadata,
+    }

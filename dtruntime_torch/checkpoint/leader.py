@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 import torch
 
 from dtruntime_torch._version import __version__
-from dtruntime_torch.checkpoint import commit
+from dtruntime_torch.checkpoint import catalog, commit
 from dtruntime_torch.checkpoint.cleaning import Cleaner
 from dtruntime_torch.checkpoint.delta import Base, DeltaPolicy
 from dtruntime_torch.checkpoint.info import CheckpointInfo
@@ -81,7 +81,9 @@ class Leader:
         else:
             run_sync(commit.check_not_replaced(self._backend, name, lineage.generation))
         key = CommitKey(lineage.generation, step)
-        self._tries[key] += 1
+        # Not into what another run left where this one writes: stock readers take all that lies in a folder.
+        last = max(self._tries[key], run_sync(catalog.last_try(self._backend, name, key)))
+        self._tries[key] = last + 1
         return Attempt(*key, self._tries[key])
 
     def decide(

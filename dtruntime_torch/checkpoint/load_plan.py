@@ -125,6 +125,26 @@ def _contradiction(fqn: str, parts: Mapping[int, Part]) -> CorruptCheckpoint:
     )
 
 
+def lies_in(fqn: str, keys: Iterable[str] | None) -> bool:
+    """Whether a name is one of the keys, or lies below one; None are all.
+
+    Example:
+        >>> lies_in("model.head.bias", ["model.head"]), lies_in("model.header", ["model.head"])
+        (True, False)
+    """
+    return keys is None or any(fqn == key or fqn.startswith(f"{key}.") for key in keys)
+
+
+def select(saved: SavedState, keys: Sequence[str] | None) -> SavedState:
+    """What of a checkpoint lies in the keys; None are all."""
+    if keys is None:
+        return saved
+    return SavedState(
+        {fqn: tensor for fqn, tensor in saved.tensors.items() if lies_in(fqn, keys)},
+        {fqn: value for fqn, value in saved.objects.items() if lies_in(fqn, keys)},
+    )
+
+
 def whole_specs(saved: SavedState) -> tuple[TensorSpec, ...]:
     """What to want in order to get every tensor of a checkpoint whole."""
     return tuple(

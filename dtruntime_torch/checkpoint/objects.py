@@ -8,10 +8,11 @@ bytes beside pickle, and types of one's own need a codec.
 from __future__ import annotations
 
 import base64
+import json
 import math
 import re
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import NamedTuple, TypeVar, Union
 
 from dtruntime_torch.checkpoint.names import MAX_INTEGER
@@ -24,6 +25,7 @@ MAX_DEPTH = 64
 
 _HEX_INTEGER = re.compile(r"-?[0-9a-f]+")
 _HEX_FLOAT = re.compile(r"[0-9a-f]{16}")
+_HEX_COMPLEX = re.compile(r"[0-9a-f]{32}")
 _CODEC_TAG = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)+")
 
 
@@ -41,12 +43,14 @@ _codecs_by_tag: dict[str, _Codec] = {}
 def register_codec(
     type_: type[T], tag: str, encode: Callable[[T], object], decode: Callable[[object], T]
 ) -> None:
-    """Teaches `encode` and `decode` a type; subclasses of it stay refused.
+    """Teaches checkpoints a type of values; subclasses of it stay refused.
+
+    Call it before the first save or load, in every job that meets such values.
 
     Args:
         type_: the exact type.
         tag: its name on storage, with a dot in it: "torch.Size". It may never mean anything else.
-        encode: gives a value that can be encoded.
+        encode: gives a value that can be stored; equal values must give equal ones.
         decode: makes it again from that value. It must check what it is given: that comes from a file. Whatever
             it raises becomes CorruptCheckpoint.
 
@@ -67,16 +71,22 @@ def register_codec(
     _codecs_by_type[type_] = _codecs_by_tag[tag] = codec
 
 
+def has_codec(kind: type) -> bool:
+    """Whether values of exactly this type are stored by a codec."""
+    return kind in _codecs_by_type
+
+
 def encode(value: object, where: str) -> Json:
     """Encodes a value.
 
     Args:
-        value: None, bool, int, float, str, bytes, list, tuple, dict with any of these as keys and values, or a
-            type that has a codec; no subclass of them.
+        value: None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict with any of these as
+            keys and values, or a type that has a codec; no subclass of them.
         where: the key path of the value, for the error.
 
     Returns:
-        What `decode` turns into an equal value of the same types, the order of dicts included.
+        What `decode` turns into an equal value of the same types, the order of dicts included. Equal sets give
+        equal JSON, in whatever order they are held.
 
     Raises:
         UnsupportedType: something in it is of another type, contains itself, or lies more than 64 deep.
@@ -124,6 +134,8 @@ def _encode(value: object, where: str, inside: tuple[int, ...]) -> Json:
         return value
     if type(value) is bytes:
         return {"~": "bytes", "v": base64.b64encode(value).decode("ascii")}
+    if type(value) is complex:
+        return {"~": "complex", "v": struct.pack(">dd", value.real, value.imag).hex()}
     return _encode_nested(value, where, inside)
 
 
@@ -139,18 +151,35 @@ def _encode_nested(value: object, where: str, inside: tuple[int, ...]) -> Json:
         return {"~": "tuple", "v": _encode_items(value, where, inside)}
     if type(value) is dict:
         return {"~": "dict", "v": _encode_pairs(value, where, inside)}
+    if type(value) is set or type(value) is frozenset:
+        return {"~": type(value).__name__, "v": _encode_members(value, where, inside)}
     kind = type(value)
     if kind in _codecs_by_type:
-        codec = _codecs_by_type[kind]
-        return {"~": codec.tag, "v": _encode(codec.encode(value), where, inside)}
+        return _encode_by_codec(_codecs_by_type[kind], value, where, inside)
     raise UnsupportedType(
-        f"{where}: a {kind.__module__}.{kind.__qualname__} cannot be stored; "
-        f"turn it into a plain int, float, str, bytes, list, tuple or dict, or a tensor, first"
+        f"{where}: a {kind.__module__}.{kind.__qualname__} cannot be stored; turn it into a plain int, float, str, "
+        f"bytes, list, tuple, set or dict, or a tensor, first, or teach it: dtruntime_torch.register_codec"
     )
+
+
+def _encode_by_codec(codec: _Codec, value: object, where: str, inside: tuple[int, ...]) -> Json:
+    try:
+        plain = codec.encode(value)
+    except Exception as error:  # what somebody registered may raise anything
+        raise UnsupportedType(
+            f"{where}: this {codec.type.__module__}.{codec.type.__qualname__} cannot be stored: {error}"
+        ) from error
+    return {"~": codec.tag, "v": _encode(plain, where, inside)}
 
 
 def _encode_items(items: Iterable[object], where: str, inside: tuple[int, ...]) -> list[Json]:
     return [_encode(item, f"{where}[{i}]", inside) for i, item in enumerate(items)]
+
+
+def _encode_members(members: Iterable[object], where: str, inside: tuple[int, ...]) -> list[Json]:
+    """Sorted by what they are encoded as: a set has no order, and equal states have equal bytes."""
+    encoded = [_encode(member, f"{where}, a member of it", inside) for member in members]
+    return sorted(encoded, key=lambda member: json.dumps(member, sort_keys=True, separators=(",", ":")))
 
 
 def _encode_pairs(pairs: dict[object, object], where: str, inside: tuple[int, ...]) -> list[Json]:
@@ -166,7 +195,7 @@ def _show(key: object) -> str:
         return repr(key[:60])
     if type(key) is int and abs(key) > MAX_INTEGER:
         return hex(key)[:60]
-    return f"<{type(key).__qualname__}>" if type(key) is tuple else repr(key)[:60]
+    return f"<{type(key).__qualname__}>" if type(key) in (tuple, frozenset) else repr(key)[:60]
 
 
 def _decode(value: Json, where: str, depth: int) -> object:
@@ -184,6 +213,9 @@ def _decode(value: Json, where: str, depth: int) -> object:
         return tuple(_decode_items(inner, where, depth))
     if tag == "dict" and type(inner) is list:
         return _decode_pairs(inner, where, depth)
+    if (tag == "set" or tag == "frozenset") and type(inner) is list:
+        members = _decode_members(inner, where, depth)
+        return members if tag == "set" else frozenset(members)
     if type(tag) is str and tag in _codecs_by_tag:
         return _decode_by_codec(_codecs_by_tag[tag], inner, where, depth)
     raise CorruptCheckpoint(
@@ -217,14 +249,31 @@ def _decode_pairs(pairs: list[Json], where: str, depth: int) -> dict[object, obj
         if type(pair) is not list or len(pair) != 2:
             raise CorruptCheckpoint(f"{where}: a dict holds something that is no pair of key and value")
         key = _decode(pair[0], where, depth)
-        try:
-            twice = key in result
-        except TypeError as error:
-            raise CorruptCheckpoint(f"{where}: a {type(key).__qualname__} cannot be a dict's key") from error
-        if twice:
-            raise CorruptCheckpoint(f"{where}: a dict holds the key {_show(key)} twice")
+        _check_new(key, result, where, "dict", "key")
         result[key] = _decode(pair[1], f"{where}[{_show(key)}]", depth)
     return result
+
+
+def _decode_members(items: list[Json], where: str, depth: int) -> set[object]:
+    result: set[object] = set()
+    for item in items:
+        member = _decode(item, where, depth)
+        _check_new(member, result, where, "set", "member")
+        result.add(member)
+    return result
+
+
+def _check_new(value: object, known: Container[object], where: str, container: str, role: str) -> None:
+    """Refuses a key or a member that cannot be one, or that is there already."""
+    try:
+        hash(value)  # looked up in a set, a set would pass for a frozenset
+        twice = value in known
+    except (TypeError, ValueError) as error:
+        raise CorruptCheckpoint(
+            f"{where}: a {type(value).__qualname__} cannot be a {container}'s {role}"
+        ) from error
+    if twice:
+        raise CorruptCheckpoint(f"{where}: a {container} holds the {role} {_show(value)} twice")
 
 
 def _deeper(depth: int, where: str) -> int:
@@ -245,6 +294,12 @@ def _decode_float(text: str) -> float:
     return float(struct.unpack(">d", bytes.fromhex(text))[0])
 
 
+def _decode_complex(text: str) -> complex:
+    if not _HEX_COMPLEX.fullmatch(text):
+        raise ValueError(text[:40])
+    return complex(*struct.unpack(">dd", bytes.fromhex(text)))
+
+
 def _decode_text(text: str) -> str:
     return bytes.fromhex(text).decode("utf-8", "surrogatepass")
 
@@ -256,6 +311,7 @@ def _decode_bytes(text: str) -> bytes:
 _SCALARS: dict[str, Callable[[str], object]] = {
     "int": _decode_integer,
     "float": _decode_float,
+    "complex": _decode_complex,
     "str": _decode_text,
     "bytes": _decode_bytes,
 }

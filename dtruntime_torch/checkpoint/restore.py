@@ -1,29 +1,32 @@
-"""A load, agreed by all ranks: the leader picks a commit, everyone reads and checks it, all apply it together.
+"""A load, agreed by all ranks: the leader picks a commit, everyone reads and checks its share, all fill together.
 
-Nothing of the state is touched before every rank has read all that it needs and every digest agreed, so that a
-damaged or foreign checkpoint changes nothing. The price is host memory for what a rank needs, once.
+Nothing of the state is touched before every rank has all that it needs and every digest agreed, so that a damaged or
+foreign checkpoint changes nothing. The price is host memory for what the ranks of a node need, once, and for what their
+tensors are put together in where the shards are cut anew.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import warnings
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import NamedTuple, TypeVar
 
 from dtruntime_torch import errors
-from dtruntime_torch.barrier import Barrier
-from dtruntime_torch.checkpoint import catalog
-from dtruntime_torch.checkpoint.arguments import check_step
-from dtruntime_torch.checkpoint.contents import Contents, read_contents
-from dtruntime_torch.checkpoint.info import CheckpointInfo
-from dtruntime_torch.checkpoint.load_plan import SavedState, whole_specs
+from dtruntime_torch.barrier import declining
+from dtruntime_torch.checkpoint import catalog, load_verdicts
+from dtruntime_torch.checkpoint.arguments import check_keys, check_step
+from dtruntime_torch.checkpoint.contents import read_alone, survey_contents
+from dtruntime_torch.checkpoint.info import LoadedCheckpoint
+from dtruntime_torch.checkpoint.load_plan import SavedState, lies_in, select, whole_specs
+from dtruntime_torch.checkpoint.load_round import Asked, LoadRound
+from dtruntime_torch.checkpoint.load_verdicts import Report, Verdict
 from dtruntime_torch.checkpoint.manifest import Commit
 from dtruntime_torch.checkpoint.names import CommitKey
-from dtruntime_torch.checkpoint.targets import Targets, Wanted, bind_targets, build_state
+from dtruntime_torch.checkpoint.node_memory import share_memory
+from dtruntime_torch.checkpoint.targets import Wanted, build_state
 from dtruntime_torch.errors import (
     CheckpointMismatch,
     CorruptCheckpoint,
@@ -35,10 +38,10 @@ from dtruntime_torch.errors import (
 from dtruntime_torch.membership import Membership
 from dtruntime_torch.storage import StorageBackend, run_sync
 
-logger = logging.getLogger(__name__)
-
 # A round is lost only to damage, or to somebody who prunes meanwhile.
 MAX_ROUNDS = 1000
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,22 +53,27 @@ class Loaded:
         newest: the newest commit that there was when it was picked.
     """
 
-    info: CheckpointInfo
+    info: LoadedCheckpoint
     newest: CommitKey
 
 
-@dataclass(slots=True)
-class Attempted:
-    """What one rank made of the commit that was picked."""
+class _Picked(NamedTuple):
+    """What the leader chose, and what it was asked for."""
 
-    report: dict[str, Any]
-    targets: Targets | None = None
-    contents: Contents | None = None
-    error: Exception | None = field(default=None)
+    commit: Commit
+    newest: CommitKey
+    asked: Asked
 
 
 def load(
-    backend: StorageBackend, name: str, members: Membership, state: object, step: int | None, key: str
+    backend: StorageBackend,
+    name: str,
+    members: Membership,
+    state: object,
+    step: int | None,
+    key: str,
+    keys: Collection[str] | None = None,
+    strict: bool = True,
 ) -> Loaded:
     """Fills `state` from the newest sound checkpoint, or from the newest generation's of `step`.
 
@@ -78,6 +86,8 @@ def load(
         state: filled in place.
         step: which step, without falling back to another; None for the newest sound one.
         key: prefix of this load in the Store.
+        keys: fill only these names and what lies below them; None for all.
+        strict: names that only the state or only the checkpoint has are an error.
 
     Raises:
         CheckpointNotFound: nothing is committed, or not that step.
@@ -85,68 +95,160 @@ def load(
         CheckpointMismatch: names, shapes or dtypes differ from the state's; nothing was changed.
         LoadFailed: ranks failed for other reasons. Where all of them raised one error of ours, it is raised as such.
     """
-    with _warning_later(speak=members.rank == 0) as notes:
+
+    def attempt(number: int, rejected: set[CommitKey], notes: list[str]) -> Loaded | None:
+        load = _Load(backend, name, members, f"{key}/{number}")
+        try:
+            return load.try_one(state, (step, keys, strict), rejected, notes)
+        except _Damaged as damaged:
+            _reject(damaged, step, rejected, notes)
+            return None
+
+    return _until_loaded(name, members.rank == 0, attempt)
+
+
+def load_fresh(
+    backend: StorageBackend, name: str, step: int | None, rank: int, keys: Collection[str] | None = None
+) -> object:
+    """Reads a checkpoint, or the names of it that are given, on this process alone; which one is chosen as in `load`.
+
+    Returns:
+        A fresh state dict, or the bytes that were saved. Its tensors share the memory that was read into.
+    """
+    chosen = check_keys(keys)
+
+    def attempt(number: int, rejected: set[CommitKey], notes: list[str]) -> tuple[object] | None:
+        commit = _pick(backend, name, Asked(step, chosen, True), rejected, notes).commit
+        try:
+            contents = run_sync(
+                survey_contents(backend, commit, rank, lambda saved: _want_all(saved, chosen))
+            )
+            if contents.wanted.differences:
+                lines = "; ".join(contents.wanted.differences)
+                raise CheckpointMismatch(f"step {commit.step} of {name}: {lines}")
+            tensors = contents.tensors(run_sync(read_alone(backend, contents)))
+        except CorruptCheckpoint as error:
+            if run_sync(_is_committed(backend, name, commit)):
+                _reject(_Damaged(commit, str(error), error.damage), step, rejected, notes)
+            return None
+        return (build_state(select(contents.saved, chosen), tensors, contents.values()),)
+
+    return _until_loaded(name, True, attempt)[0]
+
+
+def _until_loaded(
+    name: str, speaks: bool, attempt: Callable[[int, set[CommitKey], list[str]], R | None]
+) -> R:
+    """Makes attempts until one succeeds; those that found damage have rejected that commit."""
+    with _warning_later(speaks) as notes:
         rejected: set[CommitKey] = set()
-        for attempt in range(MAX_ROUNDS):
-            loaded = _load_one(backend, name, members, state, step, f"{key}/{attempt}", rejected, notes)
+        for number in range(MAX_ROUNDS):
+            loaded = attempt(number, rejected, notes)
             if loaded is not None:
                 return loaded
     raise LoadFailed(f"checkpoints of {name} kept vanishing while they were read; who prunes them?")
 
 
-def load_fresh(
-    backend: StorageBackend, name: str, step: int | None, rank: int
-) -> tuple[object, CheckpointInfo]:
-    """Reads a whole checkpoint on this process alone; which one is chosen as in `load`.
+class _Damaged(Exception):
+    """A commit turned out to be damaged, all ranks agree."""
 
-    Returns:
-        A fresh state dict, or the bytes that were saved, and what it is.
-    """
-    with _warning_later(speak=True) as notes:
-        rejected: set[CommitKey] = set()
-        for _ in range(MAX_ROUNDS):
-            commit = Commit(**json.loads(_pick(backend, name, step, rejected))["commit"])
-            try:
-                contents = run_sync(read_contents(backend, commit, rank, _want_everything))
-            except CorruptCheckpoint as error:
-                if run_sync(_is_committed(backend, name, commit)):
-                    _reject(commit, step, rejected, notes, str(error), error.damage)
-                continue
-            state = build_state(contents.saved, contents.tensors, contents.values)
-            return state, CheckpointInfo.of(contents.manifest, commit.manifest_sha256)
-    raise LoadFailed(f"checkpoints of {name} kept vanishing while they were read; who prunes them?")
+    def __init__(self, commit: Commit, message: str, damage: Sequence[Damage]) -> None:
+        super().__init__(message)
+        self.commit = commit
+        self.damage = damage
 
 
-def _load_one(
-    backend: StorageBackend,
-    name: str,
-    members: Membership,
-    state: object,
-    step: int | None,
-    key: str,
-    rejected: set[CommitKey],
-    notes: list[str],
-) -> Loaded | None:
-    """Tries one commit together; None if another one has to be tried."""
-    barrier = members.barrier
-    picked = json.loads(barrier.announce(f"{key}/pick", lambda: _pick(backend, name, step, rejected)))
-    commit, newest = Commit(**picked["commit"]), CommitKey(*picked["newest"])
-    with _declining(barrier, f"{key}/read"):
-        mine = _attempt(backend, commit, members.rank, state, step, picked["asked"])
-    report = json.dumps(mine.report).encode()
-    answer = barrier.meet(f"{key}/read", report, lambda values: _judge(backend, name, commit, values))
-    verdict = json.loads(answer)
-    if verdict["verdict"] == "apply":
-        _apply_together(barrier, f"{key}/apply", mine)
-        assert mine.contents is not None
-        return Loaded(CheckpointInfo.of(mine.contents.manifest, commit.manifest_sha256), newest)
-    if verdict["verdict"] == "differs":
-        raise CheckpointMismatch(verdict["message"])
-    if verdict["verdict"] == "failed":
-        raise errors.from_record(verdict, LoadFailed) from mine.error
-    if verdict["verdict"] == "older":
-        _reject(commit, step, rejected, notes, verdict["message"], [Damage(**d) for d in verdict["damage"]])
-    return None
+class _Load:
+    """One try of all ranks to load one commit; every rank goes through the same meetings."""
+
+    def __init__(self, backend: StorageBackend, name: str, members: Membership, key: str) -> None:
+        self._backend = backend
+        self._name = name
+        self._members = members
+        self._barrier = members.barrier
+        self._key = key
+
+    def try_one(
+        self,
+        state: object,
+        asked: tuple[int | None, Collection[str] | None, bool],
+        rejected: Set[CommitKey],
+        notes: list[str],
+    ) -> Loaded | None:
+        """Returns None if the commit vanished meanwhile."""
+
+        def pick() -> bytes:
+            picked = _pick(self._backend, self._name, _checked(*asked), rejected, notes)
+            return json.dumps([asdict(picked.commit), picked.newest, asdict(picked.asked)]).encode()
+
+        fields, newest, wanted = json.loads(self._barrier.announce(f"{self._key}/pick", pick))
+        commit = Commit(**fields)
+        leaders = _checked(**wanted)
+        what = f"step {commit.step} of {self._name}"
+        this = LoadRound(self._backend, commit, self._members.rank, state, leaders)
+
+        def judge(reports: Sequence[Report]) -> Verdict:
+            return load_verdicts.judge(what, reports, lambda: self._is_there(commit))
+
+        def judge_surveys(reports: Sequence[Report]) -> Verdict:
+            return load_verdicts.judge_surveys(what, reports, leaders.strict, lambda: self._is_there(commit))
+
+        agreed = self._meet(
+            "survey", lambda: this.survey(lambda: _refuse_others(asked, leaders)), judge_surveys
+        )
+        if not self._goes_on(agreed, commit, this):
+            return None
+        memory = None
+        if agreed["nodes"]:
+            ranks, nbytes = this.divide(agreed["nodes"])
+            tag = f"dtruntime-{self._members.run_id}-{self._key.replace('/', '-')}"
+            memory = share_memory(self._barrier, self._key, tag, ranks, nbytes)
+        for stage, step in (("read", lambda: this.read(memory)), ("check", this.check)):
+            if not self._goes_on(self._meet(stage, step, judge), commit, this):
+                return None
+        self._fill_together(this)
+        info = LoadedCheckpoint.from_load(
+            this.contents.manifest, commit.manifest_sha256, agreed["missing"], agreed["unexpected"]
+        )
+        return Loaded(info, CommitKey(*newest))
+
+    def _meet(
+        self, stage: str, step: Callable[[], Report], judge: Callable[[Sequence[Report]], Verdict]
+    ) -> Verdict:
+        """Does a step, and hears what the leader makes of how it went on all ranks."""
+        key = f"{self._key}/{stage}"
+        with declining(self._barrier, key):
+            report = load_verdicts.encode(step())
+        answer = self._barrier.meet(
+            key, report, lambda values: load_verdicts.encode(judge(list(map(load_verdicts.decode, values))))
+        )
+        return load_verdicts.decode(answer)
+
+    def _goes_on(self, verdict: Verdict, commit: Commit, this: LoadRound) -> bool:
+        """Raises what the verdict says; False if another commit has to be tried."""
+        if verdict["verdict"] == "differs":
+            raise CheckpointMismatch(verdict["message"])
+        if verdict["verdict"] == "failed":
+            raise errors.from_record(verdict, LoadFailed) from this.error
+        if verdict["verdict"] == "older":
+            raise _Damaged(commit, verdict["message"], [Damage(**d) for d in verdict["damage"]])
+        return bool(verdict["verdict"] == "go")
+
+    def _fill_together(self, this: LoadRound) -> None:
+        """Fills the state on all ranks; returns when all have succeeded."""
+        key = f"{self._key}/fill"
+        with declining(self._barrier, key):
+            message = this.fill()
+
+        def collect(values: Sequence[bytes]) -> bytes:
+            return "; ".join(f"rank {r}: {v.decode()}" for r, v in enumerate(values) if v).encode()
+
+        failures = self._barrier.meet(key, message.encode(), collect).decode()
+        if failures:
+            raise LoadFailed(f"the state could not be filled: {failures}") from this.error
+
+    def _is_there(self, commit: Commit) -> bool:
+        return run_sync(_is_committed(self._backend, self._name, commit))
 
 
 @contextmanager
@@ -157,106 +259,53 @@ def _warning_later(speak: bool) -> Iterator[list[str]]:
         yield notes
     finally:
         for note in notes if speak else ():
-            warnings.warn(note, RuntimeWarning, stacklevel=5)
+            warnings.warn(note, RuntimeWarning, stacklevel=6)
 
 
-@contextmanager
-def _declining(barrier: Barrier, key: str) -> Iterator[None]:
-    """Tells the other ranks if this one is interrupted, so that none waits for it in vain."""
-    try:
-        yield
-    except BaseException as error:
-        barrier.decline(key, error)
-        raise
-
-
-def _reject(
-    commit: Commit,
-    step: int | None,
-    rejected: set[CommitKey],
-    notes: list[str],
-    message: str,
-    damage: Sequence[Damage],
-) -> None:
+def _reject(damaged: _Damaged, step: int | None, rejected: set[CommitKey], notes: list[str]) -> None:
     """Falls back to an older commit, or not at all where a step was asked for by number."""
     if step is not None:
-        raise CorruptCheckpoint(message, damage)
-    rejected.add(commit.key)
-    notes.append(f"{message}; going on with the checkpoint before it")
+        raise CorruptCheckpoint(str(damaged), damaged.damage)
+    rejected.add(damaged.commit.key)
+    notes.append(f"{damaged}; going on with the checkpoint before it")
 
 
-def _want_everything(saved: SavedState) -> Wanted:
-    return Wanted(tensors=whole_specs(saved), objects=tuple(saved.objects), differences=(), unexpected=())
+def _want_all(saved: SavedState, keys: tuple[str, ...] | None) -> Wanted:
+    chosen = select(saved, keys)
+    names = [*chosen.tensors, *chosen.objects]
+    nothing = [key for key in keys or () if not any(lies_in(fqn, (key,)) for fqn in names)]
+    return Wanted(
+        tensors=whole_specs(chosen),
+        objects=tuple(chosen.objects),
+        differences=tuple(f"{key}: nothing of that name is in the checkpoint" for key in nothing),
+        missing=(),
+        unexpected=(),
+    )
 
 
-def _pick(backend: StorageBackend, name: str, step: int | None, rejected: Set[CommitKey]) -> bytes:
+def _pick(
+    backend: StorageBackend, name: str, asked: Asked, rejected: Set[CommitKey], notes: list[str]
+) -> _Picked:
     """Chooses the newest commit that was not rejected; on the leader."""
-    step = None if step is None else check_step(step)
-    commit, newest = run_sync(catalog.pick(backend, name, step, rejected))
-    return json.dumps({"commit": asdict(commit), "newest": newest, "asked": step}).encode()
+    commit, newest = run_sync(catalog.pick(backend, name, asked.step, rejected, notes))
+    return _Picked(commit, newest, asked)
 
 
-def _attempt(
-    backend: StorageBackend, commit: Commit, rank: int, state: object, step: object, asked: int | None
-) -> Attempted:
-    """Reads and checks what this rank needs; whatever goes wrong becomes its report."""
-    try:
-        if (None if step is None else check_step(step)) != asked:
-            raise InvalidArgument(f"it asks for step {step}, rank 0 for {asked}; give all ranks the same")
-        targets = bind_targets(state)
-        contents = run_sync(read_contents(backend, commit, rank, targets.want))
-        if not contents.wanted.differences:
-            targets.check(contents.tensors, contents.values)
-    except CorruptCheckpoint as error:
-        damage = [asdict(d) for d in error.damage]
-        return Attempted({"kind": "damaged", "message": str(error), "damage": damage}, error=error)
-    except Exception as error:
-        logger.debug("step %d could not be loaded", commit.step, exc_info=True)
-        return Attempted({"kind": "failed", **errors.to_record(error)}, error=error)
-    report = {
-        "kind": "differs" if contents.wanted.differences else "sound",
-        "differences": contents.wanted.differences,
-        "unexpected": contents.wanted.unexpected,
-    }
-    return Attempted(report, targets, contents)
+def _checked(step: int | None, keys: Collection[str] | None, strict: bool) -> Asked:
+    return Asked(None if step is None else check_step(step), check_keys(keys), bool(strict))
 
 
-def _judge(backend: StorageBackend, name: str, commit: Commit, values: Sequence[bytes]) -> bytes:
-    """Decides for all ranks, once all have reported; on the leader."""
-    reports = [json.loads(value) for value in values]
-    failed = [
-        f"rank {r}: {report['message']}" for r, report in enumerate(reports) if report["kind"] == "failed"
-    ]
-    damaged = [report for report in reports if report["kind"] == "damaged"]
-    if failed:
-        kinds = {report["type"] for report in reports if report["kind"] == "failed"}
-        message = f"step {commit.step} of {name} could not be loaded: {'; '.join(failed)}"
-        return _verdict("failed", message, kind=kinds.pop() if len(kinds) == 1 else "")
-    if damaged:
-        if not run_sync(_is_committed(backend, name, commit)):
-            return _verdict("again")
-        damage = list({json.dumps(d): d for report in damaged for d in report["damage"]}.values())
-        return _verdict("older", damaged[0]["message"], damage)
-    differences = _differences(reports)
-    if differences:
-        lines = "\n  ".join(differences)
-        advice = "to take a part of it, use load_checkpoint() and load_state_dict(strict=False)"
-        return _verdict(
-            "differs", f"step {commit.step} of {name} does not fit the state ({advice}):\n  {lines}"
+def _refuse_others(asked: tuple[int | None, Collection[str] | None, bool], leaders: Asked) -> None:
+    mine = _checked(*asked)
+    if mine != leaders:
+        raise InvalidArgument(
+            f"it asks for {_words(mine)}, rank 0 for {_words(leaders)}; give all ranks the same"
         )
-    return _verdict("apply")
 
 
-def _differences(reports: Sequence[dict[str, Any]]) -> list[str]:
-    """All differences, each once. A name of the checkpoint is unexpected if no rank has a place for it."""
-    lines = dict.fromkeys(line for report in reports for line in report["differences"])
-    unexpected = set.intersection(*(set(report["unexpected"]) for report in reports))
-    return [*lines, *(f"{fqn}: in the checkpoint, not in the state" for fqn in sorted(unexpected))]
-
-
-def _verdict(verdict: str, message: str = "", damage: Sequence[dict[str, Any]] = (), kind: str = "") -> bytes:
-    record = {"verdict": verdict, "type": kind, "message": message, "damage": list(damage)}
-    return json.dumps(record).encode()
+def _words(asked: Asked) -> str:
+    keys = "" if asked.keys is None else f" with keys {list(asked.keys)}"
+    return f"step {asked.step}{keys}{'' if asked.strict else ' with strict=False'}"
 
 
 async def _is_committed(backend: StorageBackend, name: str, commit: Commit) -> bool:
@@ -267,22 +316,3 @@ async def _is_committed(backend: StorageBackend, name: str, commit: Commit) -> b
         return False
     except CorruptCheckpoint:
         return True
-
-
-def _apply_together(barrier: Barrier, key: str, mine: Attempted) -> None:
-    """Fills the state on all ranks; returns when all have succeeded."""
-    assert mine.targets is not None and mine.contents is not None
-    failure: Exception | None = None
-    with _declining(barrier, key):
-        try:
-            mine.targets.apply(mine.contents.tensors, mine.contents.values)
-        except Exception as error:
-            failure = error
-    message = "" if failure is None else errors.to_record(failure)["message"]
-
-    def collect(values: Sequence[bytes]) -> bytes:
-        return "; ".join(f"rank {r}: {v.decode()}" for r, v in enumerate(values) if v).encode()
-
-    failures = barrier.meet(key, message.encode(), collect).decode()
-    if failures:
-        raise LoadFailed(f"the state could not be filled: {failures}") from failure

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Literal
 
 from dtruntime_torch import _C
 from dtruntime_torch.checkpoint import groups
@@ -22,6 +23,7 @@ from dtruntime_torch.checkpoint.arguments import check_metadata, check_step
 from dtruntime_torch.checkpoint.delta import DeltaPolicy
 from dtruntime_torch.checkpoint.flatten import FlatState, flatten_state
 from dtruntime_torch.checkpoint.handle import SaveHandle, SaveMetrics
+from dtruntime_torch.checkpoint.health import Health
 from dtruntime_torch.checkpoint.info import CheckpointInfo
 from dtruntime_torch.checkpoint.layout import Layout, make_layout
 from dtruntime_torch.checkpoint.lineage import Lineage
@@ -41,6 +43,8 @@ from dtruntime_torch.retry import RetryPolicy
 from dtruntime_torch.storage import StorageBackend
 
 logger = logging.getLogger(__name__)
+
+OnFailure = Literal["warn", "raise"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,10 @@ class Saver:
         policy: which checkpoints stay.
         delta: when to save in full; None: always.
         retry: how often a save that storage failed is tried; None: once.
+        on_failure: what becomes, at the next save, of a failure that nobody was told of.
+
+    Attributes:
+        health: how the saves have gone.
     """
 
     def __init__(
@@ -76,7 +84,10 @@ class Saver:
         policy: RetentionPolicy = KEEP_ALL,
         delta: DeltaPolicy | None = None,
         retry: RetryPolicy | None = None,
+        on_failure: OnFailure = "warn",
     ) -> None:
+        self.health = Health()
+        self._on_failure = on_failure
         self._members = members
         self._lineage = lineage
         self._chunk_bytes = chunk_bytes
@@ -107,7 +118,8 @@ class Saver:
                 self.wait()
                 self._tell_of_failure()
                 metrics.wait_seconds = time.perf_counter() - began
-                snapshot = self._take(key, state, check_step(step), check_metadata(metadata), metrics)
+                with self._counting():
+                    snapshot = self._take(key, state, check_step(step), check_metadata(metadata), metrics)
                 future = self._executor.submit(self._publish, snapshot)
             self._handle = SaveHandle(snapshot.step, metrics, future)
             metrics.stall_seconds = time.perf_counter() - began
@@ -236,7 +248,10 @@ class Saver:
 
     def _publish(self, snapshot: Snapshot) -> CheckpointInfo:
         try:
-            return self._publisher.publish(snapshot)
+            with self._counting():
+                info = self._publisher.publish(snapshot)
+            self.health.note_good()
+            return info
         except BaseException as error:
             if not isinstance(error, BarrierTimeout) or error.decided:
                 # The ranks may have come to differ in structure: the next save asks all of them again.
@@ -249,10 +264,21 @@ class Saver:
             with suppress(BufferError):
                 snapshot.image.release()
 
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.health.note_failure()
+            raise
+
     def _tell_of_failure(self) -> None:
         failure = self._handle.unseen_failure() if self._handle is not None else None
         if isinstance(failure, CommitConflict):
             # It will not get better: this job was replaced, and what it goes on to do would be lost.
+            raise failure
+        if failure is not None and self._handle is not None and self._on_failure == "raise":
+            self._handle.mark_seen()
             raise failure
         if failure is not None:
             warnings.warn(f"the save before this one failed: {failure}", RuntimeWarning, stacklevel=4)

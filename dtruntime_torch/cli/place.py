@@ -10,6 +10,7 @@ from dtruntime_torch.checkpoint import catalog
 from dtruntime_torch.checkpoint.names import check_name
 from dtruntime_torch.errors import CheckpointNotFound, InvalidArgument
 from dtruntime_torch.storage import StorageBackend, backend_for, run_sync
+from dtruntime_torch.storage.targets import expand_home
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
@@ -37,7 +38,7 @@ def find_place(path: str) -> Place:
         CheckpointNotFound: there are none.
         InvalidArgument: no storage can be there.
     """
-    full = path.rstrip("/") if _URL.match(path) else os.path.realpath(path)
+    full = path.rstrip("/") if _URL.match(path) else os.path.realpath(expand_home(path))
     backend = backend_for(full)
     above, _, name = full.rpartition("/")
     if above and _is_name(name):

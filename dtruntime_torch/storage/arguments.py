@@ -81,6 +81,19 @@ def check_range(path: str, offset: int, length: int) -> None:
         raise InvalidArgument(f"offset {offset} and length {length} of a range of {path} may not be negative")
 
 
+def check_target(path: str, length: int, into: memoryview | None) -> None:
+    """Refuses memory in which a range of a file does not go.
+
+    Raises:
+        InvalidArgument: it is read-only, not contiguous, or not `length` bytes long.
+    """
+    if into is not None and (into.readonly or not into.c_contiguous or into.nbytes != length):
+        raise InvalidArgument(
+            f"{length} bytes of {path} go into contiguous writable memory of that length, not into "
+            f"{into.nbytes} bytes{' that are read-only' if into.readonly else ''}"
+        )
+
+
 def as_views(data: Data) -> list[memoryview]:
     """Returns the buffers of `data` as flat bytes, in sequence, without copying and without empty ones.
 

@@ -66,10 +66,20 @@ class StorageBackend(Protocol):
             NotFound: nothing is there.
         """
 
-    async def read_range(self, path: str, offset: int, length: int) -> Buffer:
+    async def read_range(
+        self, path: str, offset: int, length: int, *, into: memoryview | None = None
+    ) -> Buffer:
         """Returns exactly `length` bytes from `offset`.
 
+        Args:
+            path: of the file.
+            offset: of the first byte.
+            length: how many.
+            into: writable bytes, contiguous and `length` long, where they go; it is what is returned. It is the
+                call's own until that ends, also if it is cancelled; after a failure its contents are undefined.
+
         Raises:
+            InvalidArgument: `into` is of another length, or cannot be written.
             NotFound: nothing is there.
             StorageError: the file ends before that; nothing was allocated for it.
         """

@@ -18,7 +18,14 @@ from functools import partial
 from typing_extensions import Buffer
 
 from dtruntime_torch.errors import AlreadyExists, InvalidArgument, NotFound, StorageError
-from dtruntime_torch.storage.arguments import as_views, check_path, check_prefix, check_range, temporary_name
+from dtruntime_torch.storage.arguments import (
+    as_views,
+    check_path,
+    check_prefix,
+    check_range,
+    check_target,
+    temporary_name,
+)
 from dtruntime_torch.storage.backend import Data, Entry, Listing
 from dtruntime_torch.storage.failures import explained
 from dtruntime_torch.storage.folders import make_folder, nearest_existing, remove_empty_folders, sync_nearest
@@ -70,9 +77,12 @@ class LocalBackend:
     async def read(self, path: str) -> Buffer:
         return await in_thread(partial(self._read, path, 0, None))
 
-    async def read_range(self, path: str, offset: int, length: int) -> Buffer:
+    async def read_range(
+        self, path: str, offset: int, length: int, *, into: memoryview | None = None
+    ) -> Buffer:
         check_range(path, offset, length)
-        return await in_thread(partial(self._read, path, offset, length))
+        check_target(path, length, into)
+        return await in_thread(partial(self._read, path, offset, length, into))
 
     async def size(self, path: str) -> int:
         return await in_thread(partial(self._size, path))
@@ -161,7 +171,7 @@ class LocalBackend:
         except OSError as error:
             _LOG.warning("could not remove the temporary file %s: %s", temporary, error)
 
-    def _read(self, path: str, offset: int, length: int | None) -> Buffer:
+    def _read(self, path: str, offset: int, length: int | None, into: memoryview | None = None) -> Buffer:
         place = self._locate(path, follow=True)
         with explained("read", place), _opened(place) as (descriptor, size):
             if length is None:
@@ -170,10 +180,15 @@ class LocalBackend:
                 raise StorageError(
                     f"could not read bytes [{offset}, {offset + length}) of {place}: it has only {size}"
                 )
+            # By the descriptor's name, so that size and bytes are of one file while others replace it.
+            opened = f"/proc/self/fd/{descriptor}"
+            if into is not None:
+                direct = length >= _DIRECT_FROM and not _is_cached(descriptor, offset, length)
+                self._calls.read_into(opened, offset, into, direct)
+                return into
             if length < _DIRECT_FROM:
                 return _read_buffered(descriptor, offset, length)
-            # By the descriptor's name, so that size and bytes are of one file while others replace it.
-            return self._calls.read_file(f"/proc/self/fd/{descriptor}", offset, length)
+            return self._calls.read_file(opened, offset, length)
 
     def _size(self, path: str) -> int:
         place = self._locate(path, follow=True)
@@ -278,3 +293,16 @@ def _read_buffered(descriptor: int, offset: int, length: int) -> bytes:
             raise EOFError(f"the file ends {length - len(data)} bytes early")
         data += piece
     return bytes(data)
+
+
+def _is_cached(descriptor: int, offset: int, length: int) -> bool:
+    """Whether a range seems to be in the page cache, from where it comes sooner than from the disk.
+
+    Only its ends are looked at: a wrong guess costs time and nothing else.
+    """
+    byte = bytearray(1)
+    try:
+        return all(os.preadv(descriptor, [byte], at, os.RWF_NOWAIT) for at in (offset, offset + length - 1))
+    except OSError:
+        # It is not there, or the file system cannot tell.
+        return False

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing_extensions import Buffer
 
 from dtruntime_torch.errors import AlreadyExists, NotFound, StorageError
-from dtruntime_torch.storage.arguments import as_views, check_path, check_prefix, check_range
+from dtruntime_torch.storage.arguments import as_views, check_path, check_prefix, check_range, check_target
 from dtruntime_torch.storage.backend import Data, Entry, Listing
 
 
@@ -47,14 +47,20 @@ class MemoryBackend:
     async def read(self, path: str) -> Buffer:
         return self._get(path)
 
-    async def read_range(self, path: str, offset: int, length: int) -> Buffer:
+    async def read_range(
+        self, path: str, offset: int, length: int, *, into: memoryview | None = None
+    ) -> Buffer:
         check_range(path, offset, length)
+        check_target(path, length, into)
         data = self._get(path)
         if offset + length > len(data):
             raise StorageError(
                 f"could not read bytes [{offset}, {offset + length}) of {path}: it has only {len(data)}"
             )
-        return data[offset : offset + length]
+        if into is None:
+            return data[offset : offset + length]
+        into.cast("B")[:] = memoryview(data)[offset : offset + length]
+        return into
 
     async def size(self, path: str) -> int:
         return len(self._get(path))

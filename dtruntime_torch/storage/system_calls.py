@@ -24,6 +24,10 @@ class SystemCalls:
         """Returns exactly `length` bytes; `EOFError` if the file ends before, and nothing was allocated."""
         return _C.read_file(path, offset, length)
 
+    def read_into(self, path: str, offset: int, target: memoryview, direct: bool) -> None:
+        """Fills `target`, past the page cache if `direct`; `EOFError` if the file ends before."""
+        _C.read_extents(path, target, [(0, offset, target.nbytes)], direct=direct)
+
     def link(self, source: str, target: str) -> None:
         """Gives a file a second name; never replaces one."""
         os.link(source, target)

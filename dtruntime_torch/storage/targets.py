@@ -16,6 +16,8 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(/?)")
 def backend_for(target: str | os.PathLike[str] | StorageBackend) -> StorageBackend:
     """Returns the backend that `target` names: itself, or one for a local path or a file:// URL.
 
+    A path that begins with `~` or `~user` is below that home.
+
     Raises:
         InvalidArgument: it is neither, or no folder can be there.
 
@@ -29,7 +31,7 @@ def backend_for(target: str | os.PathLike[str] | StorageBackend) -> StorageBacke
         raise InvalidArgument(f"{target!r} is no place to store in: give a path, a URL or a StorageBackend")
     url = _URL.match(os.fspath(target))
     if url is None:
-        return LocalBackend(target)
+        return LocalBackend(expand_home(os.fspath(target)))
     scheme, second_slash = url.groups()
     if not second_slash:
         raise InvalidArgument(
@@ -41,6 +43,24 @@ def backend_for(target: str | os.PathLike[str] | StorageBackend) -> StorageBacke
             f"{target} is not supported: give a local path, a file:// URL or a StorageBackend"
         )
     return LocalBackend(_path_of(str(target)))
+
+
+def expand_home(path: str) -> str:
+    """Puts the home in place of a `~` or `~user` at the beginning of a local path, as a shell does.
+
+    Raises:
+        InvalidArgument: there is no such user.
+
+    Example:
+        >>> expand_home("./~"), expand_home("~root/x").endswith("/x")
+        ('./~', True)
+    """
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise InvalidArgument(
+            f"{path!r}: there is no such home; begin a local path with './' if that is its name"
+        )
+    return expanded
 
 
 def _path_of(url: str) -> str:

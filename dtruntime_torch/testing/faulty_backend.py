@@ -227,10 +227,14 @@ class FaultyBackend:
     async def read(self, path: str) -> Buffer:
         return cast(Buffer, await self._run("read", path, lambda _: self._inner.read(path)))
 
-    async def read_range(self, path: str, offset: int, length: int) -> Buffer:
-        inner = self._inner
-        result = await self._run("read_range", path, lambda _: inner.read_range(path, offset, length))
-        return cast(Buffer, result)
+    async def read_range(
+        self, path: str, offset: int, length: int, *, into: memoryview | None = None
+    ) -> Buffer:
+        def run(_: Data | None) -> Awaitable[object]:
+            return self._inner.read_range(path, offset, length, into=into)
+
+        result = cast(Buffer, await self._run("read_range", path, run))
+        return result if into is None else _land(result, into)
 
     async def size(self, path: str) -> int:
         return cast(int, await self._run("size", path, lambda _: self._inner.size(path)))
@@ -264,3 +268,11 @@ class FaultyBackend:
             striking = [rule.fault for rule in self._rules if rule.strikes(operation, path)]
         call = Call(operation, path, data, run)
         return await (striking[0](call) if striking else call.proceed())
+
+
+def _land(data: Buffer, into: memoryview) -> memoryview:
+    """Puts what a fault made of the bytes where they were to go; of too few, only those are returned."""
+    landed, arrived = into.cast("B"), memoryview(data).cast("B")
+    count = min(arrived.nbytes, landed.nbytes)
+    landed[:count] = arrived[:count]
+    return into if arrived.nbytes == landed.nbytes else landed[:count]

@@ -163,6 +163,31 @@ class StorageConformance:
                 bytes(run_sync(backend.read_range("file", offset, length))) == data[offset : offset + length]
             )
 
+    @pytest.mark.parametrize("size", [s for s in SIZES if s])
+    def test_a_range_goes_where_it_is_told(self, backend: StorageBackend, size: int) -> None:
+        data = pattern(size)
+        run_sync(backend.write("file", data))
+        for offset, length in [(0, 0), (0, size), (1, size - 1), (size - 1, 1), (size // 3, size // 2)]:
+            memory = bytearray(b"\xa5" * (length + 2))
+            into = memoryview(memory)[1 : length + 1]
+            assert run_sync(backend.read_range("file", offset, length, into=into)) is into
+            assert memory == b"\xa5" + data[offset : offset + length] + b"\xa5"
+
+    @pytest.mark.parametrize("memory", [bytearray(3), bytearray(5), bytes(4)])
+    def test_memory_that_a_range_does_not_fit_is_refused(
+        self, backend: StorageBackend, memory: bytes
+    ) -> None:
+        run_sync(backend.write("file", pattern(10)))
+        with pytest.raises(InvalidArgument, match="4 bytes of file"):
+            run_sync(backend.read_range("file", 0, 4, into=memoryview(memory)))
+
+    def test_a_range_past_the_end_goes_nowhere(self, backend: StorageBackend) -> None:
+        run_sync(backend.write("file", pattern(10)))
+        memory = bytearray(b"\xa5" * 11)
+        with pytest.raises(StorageError, match="file.*10"):
+            run_sync(backend.read_range("file", 0, 11, into=memoryview(memory)))
+        assert memory == b"\xa5" * 11
+
     @pytest.mark.parametrize(
         ("offset", "length"), [(0, 11), (10, 1), (11, 0), (5, 1 << 50), (1 << 60, 1 << 60)]
     )

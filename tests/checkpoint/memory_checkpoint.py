@@ -78,6 +78,7 @@ def differences(checkpoint: MemoryCheckpoint, state: object) -> list[str]:
     wanted = bind_targets(state).want(checkpoint.saved)
     return [
         *wanted.differences,
+        *(f"{fqn}: in the state, not in the checkpoint" for fqn in wanted.missing),
         *(f"{fqn}: in the checkpoint, not in the state" for fqn in wanted.unexpected),
     ]
 
@@ -87,6 +88,7 @@ def load(checkpoint: MemoryCheckpoint, state: object) -> None:
     targets = bind_targets(state)
     wanted = targets.want(checkpoint.saved)
     assert not wanted.differences
+    assert not wanted.missing
     assert not wanted.unexpected
     tensors, values = checkpoint.read(wanted)
     targets.apply(tensors, values)

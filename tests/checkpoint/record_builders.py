@@ -190,14 +190,20 @@ def plain_values(hashable: bool = False) -> st.SearchStrategy[object]:
         | st.floats(allow_nan=False)
         | st.text(st.characters(exclude_categories=()), max_size=8)
         | st.binary(max_size=8)
+        | st.complex_numbers(allow_nan=False)
     )
-    keys = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3).map(tuple), max_leaves=4)
+    keys = st.recursive(
+        scalars,
+        lambda inner: st.lists(inner, max_size=3).map(tuple) | st.frozensets(inner, max_size=3),
+        max_leaves=4,
+    )
     if hashable:
         return keys
     return st.recursive(
         scalars,
         lambda inner: st.lists(inner, max_size=4)
         | st.lists(inner, max_size=4).map(tuple)
+        | st.sets(keys, max_size=4)
         | st.dictionaries(keys, inner, max_size=4),
         max_leaves=12,
     )

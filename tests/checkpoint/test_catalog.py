@@ -289,8 +289,14 @@ def test_a_listing_that_never_agrees_with_the_files_ends(shelf):
         run_sync(catalog.newest_key(shelf.backend, "model"))
 
 
-def pick(shelf: Shelf, step: int | None = None, rejected: set[CommitKey] = frozenset()):  # type: ignore[assignment]
-    commit, newest = run_sync(catalog.pick(shelf.backend, "model", step, rejected))
+def pick(
+    shelf: Shelf,
+    step: int | None = None,
+    rejected: set[CommitKey] = frozenset(),  # type: ignore[assignment]
+    notes: list[str] | None = None,
+):
+    notes = [] if notes is None else notes
+    commit, newest = run_sync(catalog.pick(shelf.backend, "model", step, rejected, notes))
     return commit.key, newest
 
 
@@ -309,11 +315,14 @@ def test_pick_of_a_step_takes_the_newest_generation_that_has_it(shelf):
     assert pick(shelf, step=100) == ((6, 100), (6, 200))
 
 
-def test_pick_passes_over_a_commit_that_cannot_be_read_with_a_warning(shelf):
+def test_pick_passes_over_a_commit_that_cannot_be_read_and_notes_it_once(shelf):
     shelf.put_commit(6, 900)
     shelf.write(COMMIT, b"{}")
-    with pytest.warns(RuntimeWarning, match=COMMIT):
-        assert pick(shelf) == ((6, 900), KEY)
+    notes: list[str] = []
+    for _ in range(2):
+        assert pick(shelf, notes=notes) == ((6, 900), KEY)
+    (note,) = notes
+    assert COMMIT in note
 
 
 def test_pick_of_a_step_does_not_fall_back(shelf):

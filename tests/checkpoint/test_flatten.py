@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from enum import IntEnum
 
 import numpy as np
@@ -18,7 +18,7 @@ from dtruntime_torch.checkpoint.flatten import PerRank, flatten_state
 from dtruntime_torch.checkpoint.specs import ObjectSpec, PathKey, TensorSpec
 from dtruntime_torch.errors import InvalidArgument, UnsupportedType
 from tests.checkpoint.memory_checkpoint import load_fresh, save
-from tests.checkpoint.optimizers import make_model, train
+from tests.checkpoint.optimizers import OPTIMIZERS, Make, make_model, train
 
 
 def tensor_specs(state: object) -> dict[str, TensorSpec]:
@@ -77,17 +77,43 @@ def test_the_same_bytes_twice_are_not_tied():
     assert [spec.alias for spec in tensor_specs({"a": data, "b": data}).values()] == [None, None]
 
 
-def test_a_state_has_the_names_of_dcp():
-    model = make_model("AdamW")
-    optimizer = torch.optim.AdamW(model.parameters())
-    train(model, optimizer, 1)
+class Factored(torch.optim.SGD):
+    """Keeps numbers and lists beside tensors, as Adafactor and its likes do."""
+
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            state["step"] = state.get("step", 0) + 1
+            state["rms"] = 0.5
+            state["row"] = torch.ones(parameter.shape[:1])
+            state["history"] = [torch.ones(2), {"t": torch.zeros(1), "n": 3}]
+
+
+MORE_OPTIMIZERS: dict[str, Make] = {
+    "Factored": lambda m: Factored(m.parameters()),
+    "with a frozen parameter": lambda m: torch.optim.AdamW([m[0].bias.requires_grad_(False), m[3].weight]),  # type: ignore[index]
+    "without a frozen parameter": lambda m: torch.optim.AdamW([m[3].weight]),  # type: ignore[index]
+}
+
+
+@pytest.mark.parametrize("kind", [*OPTIMIZERS, *MORE_OPTIMIZERS])
+def test_a_state_has_the_names_of_dcp(kind):
+    model = make_model(kind)
+    optimizer = {**OPTIMIZERS, **MORE_OPTIMIZERS}[kind](model)
+    train(model, optimizer, 2)
     expected, _ = flatten_state_dict(
         {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
     )
     flat = flatten_state({"model": model, "optimizer": optimizer}, 0)
-    tensors = {name: value for name, value in expected.items() if isinstance(value, torch.Tensor)}
-    assert [spec.fqn for spec in flat.specs.tensors] == list(tensors)
+    # Groups have names of their own, and an optimizer without any state keeps an empty dict.
+    named = {name: value for name, value in expected.items() if "param_groups" not in name}
+    tensors = {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
+    assert [spec.fqn for spec in flat.specs.tensors if "param_groups" not in spec.fqn] == list(tensors)
     assert all(flat.tensors[name].data_ptr() == tensor.data_ptr() for name, tensor in tensors.items())
+    values = [name for name, value in flat.values.items() if "param_groups" not in name]
+    assert values == (
+        [name for name in named if name not in tensors] or ["optimizer.state"] * (kind == "SGD")
+    )
 
 
 def test_a_group_of_parameters_is_one_object_named_by_its_first():
@@ -220,12 +246,12 @@ class Color(IntEnum):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (np.zeros(3), r"^a\.b: a NumPy array .*torch\.from_numpy"),
-        ([np.zeros(3)], r"^a\.b\.0: a NumPy array"),
-        (np.float64(1), r"^a\.b: a numpy\.float64"),
+        (np.zeros(3, object), r"^a\.b: .*numpy\.ndarray .*its dtype is object"),
+        ([1, np.zeros((16 << 20) + 1, "i1")], r"^a\.b\[1\]: .*torch\.from_numpy"),
+        (np.longdouble(1), r"^a\.b: a numpy\.longdouble"),
         (Color.RED, r"^a\.b: .*Color"),
         (object(), r"^a\.b: a builtins\.object"),
-        ([1, {"c": {1}}], r"^a\.b\[1\]\['c'\]: a builtins\.set"),
+        ([1, {"c": {range(1)}}], r"^a\.b\[1\]\['c'\], a member of it: a builtins\.range"),
         ({1: lambda: None}, r"^a\.b\[1\]: .*function"),
         ({Color.RED: torch.ones(1)}, r"^a\.b, a key of it: .*Color"),
         (torch.ones(1, device="meta"), r"^a\.b: a meta"),
@@ -297,38 +323,8 @@ def test_nothing_is_changed():
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize(
-    "value",
-    [torch.Size([2, 3]), torch.bfloat16, torch.device("cpu"), torch.device("cuda", 3), Counter({3: 2, 1: 1})],
-    ids=repr,
-)
-def test_values_of_torch_come_back(value):
-    loaded = load_fresh(save({"a": value, "b": [value]}))
-    assert loaded == {"a": value, "b": [value]}
-    assert isinstance(loaded, dict)
-    assert type(loaded["a"]) is type(value)
-
-
 def test_what_counts_as_dict_comes_back_as_dict():
     state = {"a": OrderedDict(x=1), "b": [OrderedDict(y=OrderedDict())], "c": (OrderedDict({1: 2}),)}
     loaded = load_fresh(save(OrderedDict(state)))
     assert loaded == {"a": {"x": 1}, "b": [{"y": {}}], "c": ({1: 2},)}
     assert type(loaded) is type(loaded["b"][0]) is type(loaded["b"][0]["y"]) is dict
-
-
-@pytest.mark.parametrize(
-    ("tag", "value"),
-    [
-        ("torch.dtype", "save"),
-        ("torch.dtype", 3),
-        ("torch.device", "nowhere"),
-        ("torch.device", 0),
-        ("torch.Size", 3),
-        ("torch.Size", ["a"]),
-        ("torch.Size", {"~": "dict", "v": [[1, 2]]}),
-        ("collections.Counter", "abc"),
-    ],
-)
-def test_hostile_values_of_torch_are_refused(tag, value):
-    with pytest.raises(objects.CorruptCheckpoint, match="^w: not a "):
-        objects.decode({"~": tag, "v": value}, "w")

@@ -167,9 +167,12 @@ def test_the_state_may_change_as_soon_as_save_async_returns(tmp_path):
     assert isinstance(loaded, dict) and not loaded["t"].any()
 
 
-def test_a_model_and_its_optimizer_go_on_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("transposed", [False, True], ids=["contiguous", "transposed parameters"])
+def test_a_model_and_its_optimizer_go_on_bit_for_bit(tmp_path, transposed):
     def make() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
         model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1))
+        if transposed:
+            model[0].weight = torch.nn.Parameter(torch.randn(4, 8).t())
         return model, torch.optim.AdamW(model.parameters(), lr=0.1)
 
     def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batches: torch.Tensor) -> None:
@@ -191,6 +194,8 @@ def test_a_model_and_its_optimizer_go_on_bit_for_bit(tmp_path):
         same_bits(a, b)
         for a, b in zip(model.state_dict().values(), fresh_model.state_dict().values(), strict=True)
     )
+    entries = fresh_optimizer.state[fresh_model[0].weight]  # type: ignore[index]
+    assert entries["exp_avg"].is_contiguous() != transposed
 
 
 def test_one_tensor_does_not_take_two_different_values(tmp_path):

@@ -221,8 +221,8 @@ def test_all_differences_are_listed():
     assert differences(save(saved), state) == [
         "a: checkpoint (2,) float32, state (3,) float32",
         "b: checkpoint no tensor, state (1,) float32",
-        "c.new: in the state, not in the checkpoint",
         "e: checkpoint no tensor, state (1,) float32",
+        "c.new: in the state, not in the checkpoint",
         "box: in the state, not in the checkpoint",
         "c.old: in the checkpoint, not in the state",
         "gone.x: in the checkpoint, not in the state",
@@ -275,7 +275,7 @@ def test_targets_fill_from_the_last_checkpoint_that_they_saw():
     state = {"n": 0, "t": torch.zeros(1)}
     targets = bind_targets(state)
     older, newer = save({"n": 1, "t": torch.ones(1)}), save({"n": 2, "other": 3})
-    assert targets.want(newer.saved).differences
+    assert targets.want(newer.saved).missing
     targets.apply(*older.read(targets.want(older.saved)))
     assert state == {"n": 1, "t": torch.ones(1)}
 

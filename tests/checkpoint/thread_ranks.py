@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]  # torch does not list them
 
 from dtruntime_torch.barrier import Barrier
 from dtruntime_torch.checkpoint import restore
-from dtruntime_torch.checkpoint.info import CheckpointInfo
+from dtruntime_torch.checkpoint.info import CheckpointInfo, LoadedCheckpoint
 from dtruntime_torch.checkpoint.lineage import Lineage
 from dtruntime_torch.checkpoint.save import Saver
 from dtruntime_torch.membership import Membership
@@ -40,9 +40,12 @@ class Rank:
     def save(self, state: object, step: object, metadata: object = None) -> CheckpointInfo:
         return self.saver.start(state, step, metadata).result()
 
-    def load(self, state: object, step: int | None = None) -> CheckpointInfo:
+    def load(
+        self, state: object, step: int | None = None, keys: Collection[str] | None = None, strict: bool = True
+    ) -> LoadedCheckpoint:
         self.loads += 1
-        loaded = restore.load(self.backend, "model", self.members, state, step, f"load/{self.loads}")
+        key = f"load/{self.loads}"
+        loaded = restore.load(self.backend, "model", self.members, state, step, key, keys, strict)
         self.lineage.follow(loaded.info.key, loaded.newest)
         return loaded.info
 

@@ -67,6 +67,13 @@ def test_a_link_to_a_folder_of_checkpoints_is_followed(tmp_path: Path) -> None:
     assert [line[0] for line in lines(ls(tmp_path / "latest"))] == ["name", "model"]
 
 
+def test_a_tilde_is_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(LocalBackend(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in ("~", "~/model"):
+        assert [line[0] for line in lines(ls(path))] == ["name", "model"]
+
+
 def test_a_name_like_one_of_our_folders_is_a_name(tmp_path: Path, backend: LocalBackend) -> None:
     save(backend, "commits")
     assert [line[0] for line in lines(ls(tmp_path))] == ["name", "commits"]

@@ -11,7 +11,9 @@ SCENARIOS = Path(__file__).with_name("scenarios.py")
 ROOT = SCENARIOS.parents[2]
 
 
-def torchrun(scenario: str, folder: Path, ranks: int, *, timeout: float = 180) -> str:
+def torchrun(
+    scenario: str, folder: Path, ranks: int, *, timeout: float = 180, program: Path = SCENARIOS
+) -> str:
     """Runs it under torchrun; every rank must end well.
 
     Returns:
@@ -20,7 +22,7 @@ def torchrun(scenario: str, folder: Path, ranks: int, *, timeout: float = 180) -
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*command, str(SCENARIOS), scenario, str(folder)],
+        [*command, str(program), scenario, str(folder)],
         env=environment,
         cwd=ROOT,
         timeout=timeout,

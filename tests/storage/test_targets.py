@@ -24,6 +24,27 @@ def test_a_path_object_is_a_local_folder(tmp_path: Path) -> None:
     assert (tmp_path / "root" / "file").read_bytes() == b"bytes"
 
 
+@pytest.mark.parametrize("form", ["~", "~/", "~/a/b"])
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_tilde_is_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, kind: type) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    run_sync(backend_for(kind(form)).write("file", b"bytes"))
+    assert (tmp_path / "home" / form[2:] / "file").read_bytes() == b"bytes"
+    assert not (tmp_path / "~").exists()
+
+
+def test_a_home_that_is_not_there_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match="'~nobody.has.this.name/x': there is no such home"):
+        backend_for("~nobody.has.this.name/x")
+
+
+def test_a_name_that_is_a_tilde_can_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_sync(backend_for("./~").write("file", b"bytes"))
+    assert (tmp_path / "~" / "file").read_bytes() == b"bytes"
+
+
 def test_a_file_url_is_unquoted(tmp_path: Path) -> None:
     run_sync(backend_for((tmp_path / "with space#").as_uri()).write("file", b"bytes"))
     assert (tmp_path / "with space#" / "file").read_bytes() == b"bytes"

@@ -83,6 +83,11 @@ def local_tensor(tensor: torch.Tensor, where: str) -> torch.Tensor:
     """
     check_dtype(tensor, where)
     local = local_part(tensor)
+    if local is not tensor and hasattr(type(local), "__tensor_flatten__"):
+        raise UnsupportedType(
+            f"{where}: the shards of this DTensor are {type(local).__qualname__}s, which wrap other tensors; how those "
+            f"are cut only that class knows, so store what it wraps by yourself, as DTensors"
+        )
     check_plain(local, where)
     return local.detach().resolve_conj().resolve_neg()
 

@@ -8,11 +8,13 @@ and groups are changed in place.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
+from dtruntime_torch.checkpoint.format.records import ObjectEntry
 from dtruntime_torch.checkpoint.load_plan import SavedTensor
+from dtruntime_torch.checkpoint.objects import decode
 from dtruntime_torch.checkpoint.specs import Path
 from dtruntime_torch.checkpoint.state.fqns import parameters_of
 from dtruntime_torch.checkpoint.state.local_shard import BoxFinder, local_part
@@ -28,6 +30,15 @@ from dtruntime_torch.checkpoint.state.optimizer_groups import (
 from dtruntime_torch.checkpoint.state.stateful import GROUPS, STATE
 from dtruntime_torch.checkpoint.state.traverse import Node
 from dtruntime_torch.checkpoint.state.wanted import Below, Loaded, Request, fill_tensor, needed_box
+from dtruntime_torch.checkpoint.state.wrappers import (
+    WRAPPING,
+    Wrapping,
+    innermost,
+    inside,
+    is_wrapper,
+    rewrapped,
+    with_wrapper,
+)
 
 
 def optimizer_request(node: Node, names: Sequence[str], below: Below, boxes: BoxFinder) -> Request:
@@ -60,6 +71,7 @@ def optimizer_request(node: Node, names: Sequence[str], below: Below, boxes: Box
         request.unexpected += [leaf.fqn for leaf in states.pop(name)]
     for leaf in [leaf for leaves in states.values() for leaf in leaves]:
         request.want(leaf, needed_box(leaf, target.like(leaf), boxes))
+        request.differences += target.differences(leaf)
 
     def fill(loaded: Loaded) -> None:
         for group, saved_group in zip(optimizer.param_groups, chosen, strict=True):
@@ -126,9 +138,39 @@ class _StateTarget:
         current = self._current(leaf)
         if current is not None:
             return current
+        parameter = self._like_parameter(leaf)
+        return parameter if _is_like(parameter, leaf) and not _is_step(leaf) else None
+
+    def differences(self, leaf: SavedLeaf) -> list[str]:
+        """Says where a wrapper was saved that cannot be made here."""
+        if not isinstance(leaf, ObjectEntry) or leaf.path[-1].key != WRAPPING:
+            return []
+        _, differs = self._wrapping(leaf, decode(leaf.value, leaf.fqn))
+        where = leaf.fqn.rpartition(".")[0]
+        return [f"{where}: {differs}; if the first step makes it, take that first"] if differs else []
+
+    def _wrapping(self, leaf: SavedLeaf, saved: object) -> tuple[object, str | None]:
+        """What was saved of a wrapper, with the one that it is made like: what lies there, or the parameter."""
+        if not isinstance(saved, Wrapping):
+            return saved, "no wrapper in the checkpoint"
+        name, way = self._name(leaf), leaf.path[self._depth : -1]
+        current = _at(self._state.get(self._parameters.get(name, name)), way)
+        like = current if is_wrapper(current) else self._like_parameter(leaf)
+        return with_wrapper(saved, like, leaf.fqn)
+
+    def _like_parameter(self, leaf: SavedLeaf) -> object:
+        """The parameter that a leaf is state of; of what lies in a wrapper, what lies there in the parameter."""
         parameter = self._parameters.get(self._name(leaf))
-        same_shape = parameter is not None and tuple(parameter.shape) == leaf.global_shape
-        return parameter if same_shape and not _is_step(leaf) else None
+        if not is_wrapper(parameter):
+            return parameter
+        keys = [step.key for step in leaf.path[self._depth + 1 :]]
+        return inside(parameter, keys[:-1] if keys[-1:] == [WRAPPING] else keys)
+
+    def _value_of(
+        self, leaf: SavedLeaf, loaded: Loaded, place: Callable[[SavedTensor, torch.Tensor], torch.Tensor]
+    ) -> object:
+        value = loaded.value_of(leaf, place)
+        return self._wrapping(leaf, value)[0] if isinstance(value, Wrapping) else value
 
     def fill(self, states: dict[str, list[SavedLeaf]], loaded: Loaded) -> None:
         """Makes the state of each parameter what was saved of it; of one without saved state, none."""
@@ -137,7 +179,7 @@ class _StateTarget:
             if name not in states:
                 self._state.pop(parameter, None)
         for name, leaves in states.items():
-            new = nest(leaves, self._depth, lambda leaf: loaded.value_of(leaf, place))
+            new = rewrapped(nest(leaves, self._depth, lambda leaf: self._value_of(leaf, loaded, place)))
             key = self._parameters.get(name, name)
             old = self._state.get(key)
             if isinstance(old, dict) and isinstance(new, dict):
@@ -176,11 +218,17 @@ class _StateTarget:
     def _current(self, leaf: SavedTensor) -> torch.Tensor | None:
         name = self._name(leaf)
         found = _at(self._state.get(self._parameters.get(name, name)), leaf.path[self._depth :])
-        alike = isinstance(found, torch.Tensor) and tuple(found.shape) == leaf.global_shape
-        return found if alike else None
+        return found if _is_like(found, leaf) else None
 
-    def _name(self, leaf: SavedTensor) -> str:
+    def _name(self, leaf: SavedLeaf) -> str:
         return str(leaf.path[self._depth - 1].key)
+
+
+def _is_like(value: object, leaf: SavedTensor) -> TypeGuard[torch.Tensor]:
+    """Whether it is a tensor of that shape; what lies in a wrapper is compared by itself."""
+    return (
+        isinstance(value, torch.Tensor) and not is_wrapper(value) and tuple(value.shape) == leaf.global_shape
+    )
 
 
 def _is_step(leaf: SavedTensor) -> bool:
@@ -188,16 +236,16 @@ def _is_step(leaf: SavedTensor) -> bool:
 
 
 def _addresses(tensor: torch.Tensor) -> set[int]:
-    """Where a tensor's data begins; nowhere if there is none."""
-    local = local_part(tensor)
-    return {local.data_ptr()} if local.numel() else set()
+    """Where a tensor's data begins, or those of the tensors in it; nowhere if there is none."""
+    parts = (local_part(part) for _, part in innermost(tensor, ""))
+    return {part.data_ptr() for part in parts if part.numel()}
 
 
 def _at(value: Any, path: Path) -> Any:
     """What lies at the end of a path through nested containers, or None."""
     for step in path:
         try:
-            value = value[step.key]
+            value = inside(value, [step.key]) if is_wrapper(value) else value[step.key]
         except (KeyError, IndexError, TypeError):
             return None
     return value

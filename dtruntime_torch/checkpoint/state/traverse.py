@@ -15,6 +15,7 @@ import torch
 
 from dtruntime_torch.checkpoint import objects
 from dtruntime_torch.checkpoint.specs import Kind, Path, PathKey
+from dtruntime_torch.checkpoint.state.wrappers import WRAPPING, is_wrapper, take_apart
 from dtruntime_torch.errors import InvalidArgument, UnsupportedType
 
 T = TypeVar("T")
@@ -132,14 +133,11 @@ def is_stateful(value: object) -> TypeGuard[Stateful]:
     return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
 
 
-def is_ndarray(value: object) -> bool:
-    """Whether the value is an array of NumPy, told without importing it."""
-    return any(c.__module__ == "numpy" and c.__name__ == "ndarray" for c in type(value).__mro__)
-
-
 def _walk(node: Node, inside: frozenset[int]) -> Iterator[Node]:
     value = node.value
-    if isinstance(value, torch.Tensor):
+    if is_wrapper(value):
+        yield from _parts_of_wrapper(node, _deeper(node, inside))
+    elif isinstance(value, torch.Tensor):
         yield node
     elif isinstance(value, PerRank):
         inner = Node(node.path, node.fqn, value.value, True, lambda new: setattr(value, "value", new))
@@ -148,6 +146,13 @@ def _walk(node: Node, inside: frozenset[int]) -> Iterator[Node]:
         yield node
     else:
         yield from _enter(node, inside)
+
+
+def _parts_of_wrapper(node: Node, inside: frozenset[int]) -> Iterator[Node]:
+    inner, wrapping = take_apart(node.value, node.fqn)
+    for name, part in inner.items():
+        yield from _walk(node.child("dict", name, part, cannot_replace), inside)
+    yield node.child("dict", WRAPPING, wrapping, cannot_replace)
 
 
 def _enter(node: Node, inside: frozenset[int]) -> Iterator[Node]:
@@ -170,6 +175,8 @@ def _deeper(node: Node, inside: frozenset[int]) -> frozenset[int]:
 
 
 def _is_entered(value: object) -> bool:
+    if objects.has_codec(type(value)):
+        return False
     if isinstance(value, Mapping):
         return bool(value) and (all(isinstance(key, str) for key in value) or holds_tensor(value))
     return isinstance(value, (list, tuple)) and holds_tensor(value)
@@ -185,7 +192,7 @@ def holds_tensor(container: object) -> bool:
         if type(value) in _COMMON_LEAVES or id(value) in seen:
             continue
         seen[id(value)] = value
-        if isinstance(value, (torch.Tensor, PerRank)) or is_stateful(value) or is_ndarray(value):
+        if isinstance(value, (torch.Tensor, PerRank)) or is_stateful(value):
             return True
         if isinstance(value, Mapping):
             waiting.extend(value.values())
@@ -199,7 +206,7 @@ def _children(node: Node) -> Iterator[Node]:
     if isinstance(value, Mapping):
         for key, item in value.items():
             if type(key) is not str:
-                objects.encode(key, where=f"{node.fqn or 'the state'}, a key of it")
+                _check_key(key, f"{node.fqn or 'the state'}, a key of it")
             yield node.child("dict", key, item, _setter(value, key, node.fqn))
     elif isinstance(value, list):
         for i, item in enumerate(value):
@@ -208,6 +215,18 @@ def _children(node: Node) -> Iterator[Node]:
         items = list(value)
         for i, item in enumerate(value):
             yield node.child("tuple", i, item, _tuple_setter(node, items, i))
+
+
+def _check_key(key: object, where: str) -> None:
+    objects.encode(key, where)
+    if _holds_frozenset(key):
+        raise UnsupportedType(
+            f"{where}: a frozenset gives no name to a tensor, since its members have another order in each process"
+        )
+
+
+def _holds_frozenset(key: object) -> bool:
+    return type(key) is frozenset or (isinstance(key, tuple) and any(map(_holds_frozenset, key)))
 
 
 def _setter(container: Any, key: Any, fqn: str) -> Replace:

@@ -84,6 +84,36 @@ def test_the_state_of_every_optimizer_is_shaped_as_dcp_shapes_it(kind):
     assert exact(ours) == exact(get_optimizer_state_dict(model, optimizer))
 
 
+class Experts(torch.nn.Module):
+    """One expert is idle, another is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.idle, self.frozen = (torch.nn.Linear(2, 2) for _ in range(3))
+        self.frozen.requires_grad_(False)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["frozen left out", "frozen given"])
+def test_experts_without_state_are_named_as_dcp_names_them(frozen):
+    model = Experts()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if frozen or p.requires_grad])
+    model.used(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    ours = named_state(optimizer, parameter_names(optimizer, {"model": model}, "o"), "o")
+    assert list(ours["state"]) == ["used.weight", "used.bias"]
+    assert exact(ours) == exact(get_optimizer_state_dict(model, optimizer))
+
+
+def test_a_fresh_optimizer_is_named_without_a_step():
+    model = Experts()
+    optimizer = torch.optim.AdamW(model.parameters())
+    names = parameter_names(optimizer, {"model": model}, "o")
+    assert named_state(optimizer, names, "o")["state"] == {}
+    assert not optimizer.state
+    # What the getter of torch does instead, and why it is not used.
+    assert get_optimizer_state_dict(model, optimizer)["state"]
+
+
 def test_a_module_s_own_name_for_a_key_stays():
     module = torch.nn.Linear(1, 1)
     assert clean_name(module, "made.by.a.hook") == "made.by.a.hook"

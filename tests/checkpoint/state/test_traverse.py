@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -71,7 +71,8 @@ def names(state: object) -> list[str]:
         (MappingProxyType({"a": 1}), ["x.a"]),
         ([torch.optim.SGD([torch.zeros(1)]), 1], ["x.0", "x.1"]),
         ([PerRank(1)], ["x.0"]),
-        ([np.zeros(2)], ["x.0"]),
+        ([np.zeros(2)], ["x"]),
+        (Counter({"a": 1}), ["x"]),
     ],
     ids=repr,
 )
@@ -188,6 +189,13 @@ def test_too_deep_is_refused():
 def test_a_key_that_cannot_be_stored_is_refused():
     with pytest.raises(UnsupportedType, match=r"a\.b, a key of it: .*object"):
         list(nodes({"a": {"b": {object(): torch.ones(1)}}}))
+
+
+@pytest.mark.parametrize("key", [frozenset("ab"), (1, frozenset("ab"))], ids=["itself", "in a tuple"])
+def test_a_frozenset_gives_no_name_to_a_tensor(key):
+    with pytest.raises(UnsupportedType, match=r"^a, a key of it: a frozenset gives no name"):
+        list(nodes({"a": {key: torch.ones(1)}}))
+    assert names({"a": {key: 1}}) == ["a"]
 
 
 def test_replacing_reaches_the_users_containers():

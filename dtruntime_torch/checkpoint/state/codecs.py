@@ -1,0 +1,41 @@
+"""How values of torch, NumPy and the standard library are stored that `objects` does not know by itself."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+
+from dtruntime_torch.checkpoint.objects import register_codec
+from dtruntime_torch.checkpoint.state.numpy_codecs import register_numpy
+from dtruntime_torch.checkpoint.state.wrappers import Wrapping, wrapping_of
+
+
+def register_codecs() -> None:
+    """Registers all codecs that come with the package."""
+    register_codec(torch.Size, "torch.Size", list, _size_of)
+    register_codec(torch.dtype, "torch.dtype", lambda dtype: str(dtype).removeprefix("torch."), _dtype_named)
+    register_codec(torch.device, "torch.device", str, lambda name: torch.device(str(name)))
+    # MultiStepLR keeps its milestones in one.
+    register_codec(Counter, "collections.Counter", dict, _counter_of)
+    register_codec(Wrapping, "dtruntime.Wrapping", Wrapping.stored, wrapping_of)
+    register_numpy()
+
+
+def _dtype_named(name: object) -> torch.dtype:
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"torch has no dtype {name!r}")
+    return dtype
+
+
+def _size_of(sizes: object) -> torch.Size:
+    if not isinstance(sizes, list):
+        raise TypeError(f"{sizes!r} is no list of sizes")
+    return torch.Size(sizes)
+
+
+def _counter_of(counts: object) -> Counter[object]:
+    if not isinstance(counts, dict):
+        raise TypeError(f"{counts!r} is no dict of counts")
+    return Counter(counts)
