@@ -11,7 +11,9 @@ SCENARIOS = Path(__file__).with_name("scenarios.py")
 ROOT = SCENARIOS.parents[2]
 
 
-def torchrun(scenario: str, folder: Path, ranks: int, *, timeout: float = 180) -> str:
+def torchrun(
+    scenario: str, folder: Path, ranks: int, *, timeout: float = 180, scenarios: Path = SCENARIOS
+) -> str:
     """Runs it under torchrun; every rank must end well.
 
     Returns:
@@ -20,7 +22,7 @@ def torchrun(scenario: str, folder: Path, ranks: int, *, timeout: float = 180) -
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*command, str(SCENARIOS), scenario, str(folder)],
+        [*command, str(scenarios), scenario, str(folder)],
         env=environment,
         cwd=ROOT,
         timeout=timeout,
@@ -33,7 +35,9 @@ def torchrun(scenario: str, folder: Path, ranks: int, *, timeout: float = 180) -
     return done.stdout
 
 
-def separately(scenario: str, folder: Path, ranks: int, *, timeout: float = 180) -> list[tuple[int, str]]:
+def separately(
+    scenario: str, folder: Path, ranks: int, *, timeout: float = 180, scenarios: Path = SCENARIOS
+) -> list[tuple[int, str]]:
     """Runs it as processes that nobody supervises, so that one may die and the others go on.
 
     Returns:
@@ -42,7 +46,7 @@ def separately(scenario: str, folder: Path, ranks: int, *, timeout: float = 180)
     store = folder / "store"
     processes = [
         subprocess.Popen(
-            [sys.executable, str(SCENARIOS), scenario, str(folder)],
+            [sys.executable, str(scenarios), scenario, str(folder)],
             env={
                 **os.environ,
                 "OMP_NUM_THREADS": "1",
