@@ -20,8 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
 import dtruntime_torch as dt
-from dtruntime_torch.checkpoint import node_memory
-from dtruntime_torch.checkpoint.read_requests import JOIN_BYTES
+from dtruntime_torch.checkpoint import node_memory, placement
 from dtruntime_torch.checkpoint.state.local_shard import local_part
 from dtruntime_torch.errors import BarrierTimeout
 from dtruntime_torch.storage import LocalBackend
@@ -78,7 +77,7 @@ def save(folder: Path, kind: str) -> None:
 
 def load(folder: Path, kind: str) -> None:
     """Every bit comes back, and no byte is read twice by this node."""
-    JOIN_BYTES = 0  # else short gaps are read along, which may be what another rank wants
+    vars(placement)["JOIN_BYTES"] = 0  # else short gaps are read along, which may be what another rank wants
     backend = NotingBackend(folder)
     state = cut_as(kind, {name: torch.zeros_like(t) for name, t in whole_state().items()})
     with dt.CheckpointManager(backend, chunk_bytes=CHUNK) as manager:
