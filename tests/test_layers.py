@@ -48,9 +48,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "checkpoint.targets",
     ),
     (
-        "checkpoint.assembly checkpoint.commit checkpoint.device checkpoint.prune_plan checkpoint.shard_file checkpoint.verify",
-        "checkpoint.contents checkpoint.device_copies checkpoint.prune checkpoint.sources checkpoint.sweep",
-        "checkpoint.cleaning checkpoint.stager",
+        "checkpoint.assembly checkpoint.chunk_table checkpoint.commit checkpoint.prune_plan checkpoint.shard_file checkpoint.verify",
+        "checkpoint.contents checkpoint.device checkpoint.prune checkpoint.sweep",
+        "checkpoint.removals checkpoint.sources",
+        "checkpoint.cleaning checkpoint.device_work",
+        "checkpoint.device_changes checkpoint.device_copies",
+        "checkpoint.stager",
         "checkpoint.staging",
     ),
     (

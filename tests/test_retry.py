@@ -25,7 +25,7 @@ def test_chance_only_makes_a_pause_shorter_by_its_share():
 
 
 def test_no_try_begins_after_the_deadline():
-    policy = RetryPolicy(attempts=9, initial=4.0, factor=1.0, jitter=0.0, deadline=10.0)
+    policy = RetryPolicy(attempts=9, initial=4.0, factor=1.0, jitter=0.0, deadline=12.0)
     now = iter([100.0, 101.0, 106.0, 111.0])  # when it began, and before each pause: a try takes a second
     assert list(policy.delays(clock=lambda: next(now))) == [4.0, 4.0]
 

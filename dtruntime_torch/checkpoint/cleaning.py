@@ -1,7 +1,6 @@
-"""The order in which things are deleted, and what is left over when that fails: it is finished at the next save.
+"""What is deleted when: leftovers before a save, what retention does not keep after one, and by hand.
 
-For each removal: first no commit, durably, then no manifest, then, once other hosts see that, the look, then the
-files that nothing names. A process may die between any two calls: what is left then is swept by the next one.
+Nothing is begun before all that lies there was read and understood.
 """
 
 from __future__ import annotations
@@ -10,40 +9,21 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
-from typing import Protocol
 
-from dtruntime_torch.checkpoint import catalog, look
-from dtruntime_torch.checkpoint.commit import Patience
+from dtruntime_torch.checkpoint import catalog
 from dtruntime_torch.checkpoint.look import Manifests
 from dtruntime_torch.checkpoint.manifest import Commit
 from dtruntime_torch.checkpoint.names import Attempt, CommitKey
 from dtruntime_torch.checkpoint.prune import Drop, Prune
 from dtruntime_torch.checkpoint.prune_plan import Plan, PruneReport, make_plan, report
+from dtruntime_torch.checkpoint.removals import Pending, Removals, explain
 from dtruntime_torch.checkpoint.retention import KEEP_ALL, RetentionPolicy
 from dtruntime_torch.checkpoint.stock import Stock, take_stock
-from dtruntime_torch.checkpoint.sweep import GivenUp, Sweep, delete_files
+from dtruntime_torch.checkpoint.sweep import GivenUp, Sweep
 from dtruntime_torch.errors import CheckpointNotFound
 from dtruntime_torch.storage.backend import StorageBackend
 
 logger = logging.getLogger(__name__)
-
-
-class Removal(Protocol):
-    """Something that is about to go."""
-
-    @property
-    def victims(self) -> frozenset[str]:
-        """The attempts whose files go unless a manifest names them."""
-
-    async def clear(self, backend: StorageBackend, patience: Patience) -> bool:
-        """Makes sure that it is not committed and has no manifest; may be called again. False: it stays."""
-
-
-@dataclass(slots=True)
-class _Pending:
-    removal: Removal
-    cleared: float | None = None  # when
 
 
 class Cleaner:
@@ -68,14 +48,11 @@ class Cleaner:
         self._backend = backend
         self._name = name
         self._policy = policy
-        self._clock = clock
-        self._sleep = sleep
-        self._patience = Patience(clock=clock, sleep=sleep)
         self._manifests = Manifests(backend, name)
+        self._removals = Removals(backend, name, self._manifests, clock, sleep)
         self._voids: set[CommitKey] = set()
         self._answered: set[CommitKey] = set()
         self._swept: int | None = None
-        self._pending: list[_Pending] = []
         self._told: set[str] = set()
 
     async def before_save(self, generation: int, seconds: float | None = None) -> None:
@@ -95,7 +72,7 @@ class Cleaner:
         Args:
             attempt: one that lost its commit, or whose parent has gone.
         """
-        self._note(GivenUp(self._name, attempt))
+        self._removals.note(GivenUp(self._name, attempt))
 
     async def after_commit(self, key: CommitKey, answered: bool, seconds: float | None = None) -> None:
         """Takes away what retention does not keep, now that there is one more.
@@ -145,21 +122,22 @@ class Cleaner:
             StorageError: the storage failed; nothing was done.
         """
         stock = await self._take_stock()
-        if attempt.path not in stock.nbytes and attempt.key not in await self._commit_keys():
+        keys = await catalog.commit_keys(self._backend, self._name)
+        if attempt.path not in stock.nbytes and attempt.key not in keys:
             raise CheckpointNotFound(f"there is no attempt {attempt.path} of {self._name} here")
         noted = stock.manifests.get(attempt.path)
         uses = frozenset({attempt.path}) if noted is None else noted.uses
-        return await self._do([self._note(Drop(self._name, attempt, uses))], stock)
+        return await self._do([self._removals.note(Drop(self._name, attempt, uses))], stock)
 
     async def _sweep(self, generation: int, faults: list[str]) -> None:
-        await self._work_off(faults)
+        await self._removals.work_off(faults)
         if self._swept != generation:
             stock = await self._take_stock()
             faults += stock.blocked
             if not stock.blocked:
                 self._begin(make_plan(stock, KEEP_ALL, generation), stock, generation)
                 self._swept = generation
-                await self._work_off(faults)
+                await self._removals.work_off(faults)
 
     async def _retain(self, generation: int, faults: list[str]) -> None:
         if self._policy.keep_last_n is not None:
@@ -169,81 +147,29 @@ class Cleaner:
             if not stock.blocked:
                 plan = make_plan(stock, self._policy, generation)
                 self._begin(Plan(plan.commits, (), ()), stock, generation)
-        await self._work_off(faults)
+        await self._removals.work_off(faults)
 
-    async def _commit_keys(self) -> list[CommitKey]:
-        return await catalog.commit_keys(self._backend, self._name)
-
-    async def _take_stock(self) -> Stock:
-        return await take_stock(self._backend, self._name, self._manifests, self._voids)
-
-    def _begin(self, plan: Plan, stock: Stock, generation: int) -> list[_Pending]:
-        """Notes what is to go, before the first of it does. What failed before is not noted twice."""
-        noted = {p.removal.commit: p for p in self._pending if isinstance(p.removal, Prune)}
-        prunes = [noted.get(commit) or self._prune(commit, stock, generation) for commit in plan.commits]
-        return prunes + [self._note(Sweep(self._name, attempt)) for attempt in plan.dead]
-
-    def _prune(self, commit: Commit, stock: Stock, generation: int) -> _Pending:
-        removable = commit.generation == generation and commit.key in self._answered
-        return self._note(Prune(commit, stock.manifests[commit.attempt].uses, removable))
-
-    def _note(self, removal: Removal) -> _Pending:
-        self._pending.append(_Pending(removal))
-        return self._pending[-1]
-
-    async def _do(self, begun: list[_Pending], stock: Stock) -> PruneReport:
+    async def _do(self, begun: list[Pending], stock: Stock) -> PruneReport:
         """Works off what was begun, waiting until other hosts see it, and tells what became of it."""
         faults: list[str] = []
-        await self._clear_all(faults)
-        while (left := max(map(self._seconds_left, self._pending), default=0.0)) > 0:
-            await self._sleep(left)
-        deleted = await self._delete_all(faults)
+        deleted = await self._removals.work_off(faults, wait=True)
         cleared = [pending.removal for pending in begun if pending.cleared is not None]
         commits = [removal.commit for removal in cleared if isinstance(removal, Prune)]
         of_these = frozenset[str]().union(*(removal.victims for removal in cleared))
         return report(False, stock, commits, of_these & deleted, faults)
 
-    async def _work_off(self, faults: list[str]) -> None:
-        await self._clear_all(faults)
-        await self._delete_all(faults)
+    async def _take_stock(self) -> Stock:
+        return await take_stock(self._backend, self._name, self._manifests, self._voids)
 
-    async def _clear_all(self, faults: list[str]) -> None:
-        for pending in [pending for pending in self._pending if pending.cleared is None]:
-            try:
-                if await pending.removal.clear(self._backend, self._patience):
-                    pending.cleared = self._clock()
-                else:
-                    self._pending.remove(pending)
-            except Exception as error:
-                faults.append(_say(error))
+    def _begin(self, plan: Plan, stock: Stock, generation: int) -> list[Pending]:
+        """Notes what is to go, before the first of it does. What failed before is not noted twice."""
+        noted = {p.removal.commit: p for p in self._removals.pending if isinstance(p.removal, Prune)}
+        prunes = [noted.get(commit) or self._prune(commit, stock, generation) for commit in plan.commits]
+        return prunes + [self._removals.note(Sweep(self._name, attempt)) for attempt in plan.dead]
 
-    def _seconds_left(self, pending: _Pending) -> float:
-        """Until other hosts are sure to see that it was cleared."""
-        if pending.cleared is None:
-            return 0.0
-        return pending.cleared + self._backend.settle_seconds - self._clock()
-
-    async def _delete_all(self, faults: list[str]) -> set[str]:
-        """Deletes the files of what was cleared long enough ago; returns the attempts of which none is left."""
-        due = [p for p in self._pending if p.cleared is not None and self._seconds_left(p) <= 0]
-        if not due:
-            return set()
-        try:
-            needed = await look.needed(self._backend, self._name, self._manifests)
-        except Exception as error:
-            faults.append(_say(error))
-            return set()
-        victims = frozenset[str]().union(*(pending.removal.victims for pending in due)) - needed
-        deleted = set()
-        for victim in sorted(victims):
-            try:
-                await delete_files(self._backend, self._name, victim)
-                deleted.add(victim)
-            except Exception as error:
-                faults.append(_say(error))
-        remaining = victims - deleted
-        self._pending = [p for p in self._pending if p not in due or p.removal.victims & remaining]
-        return deleted
+    def _prune(self, commit: Commit, stock: Stock, generation: int) -> Pending:
+        removable = commit.generation == generation and commit.key in self._answered
+        return self._removals.note(Prune(commit, stock.manifests[commit.attempt].uses, removable))
 
     async def _quietly(
         self,
@@ -257,7 +183,7 @@ class Cleaner:
         except asyncio.TimeoutError:
             faults.append("there was too little time")
         except Exception as error:
-            faults.append(_say(error))
+            faults.append(explain(error))
         for fault in faults:
             self._tell(
                 f"not all that is left of {self._name} was deleted, the next save goes on with it: {fault}"
@@ -269,7 +195,3 @@ class Cleaner:
         if message not in self._told:
             self._told.add(message)
             logger.warning("%s", message)
-
-
-def _say(error: Exception) -> str:
-    return str(error) or repr(error)

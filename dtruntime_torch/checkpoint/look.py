@@ -92,8 +92,8 @@ class Manifests:
     def blocked(self, attempt: str, why: str) -> CleaningBlocked:
         """The error that names what cannot be understood, and how to give it up."""
         return CleaningBlocked(
-            f"nothing of {self._name} is deleted, for it is not known what is still needed: {why}. Upgrade or "
-            f"repair what it needs, or give that attempt up with `dtruntime drop PATH {self._name} {attempt}`"
+            f"nothing of {self._name} is deleted, for it is not known what is still needed: {why}. Repair it, or "
+            f"give that attempt up with `dtruntime drop PATH {self._name} {attempt}`"
         )
 
 

@@ -8,7 +8,9 @@ from typing import ParamSpec
 
 import typer
 
+from dtruntime_torch.cli.drop import drop
 from dtruntime_torch.cli.ls import ls
+from dtruntime_torch.cli.prune import prune
 from dtruntime_torch.cli.screen import one_line
 from dtruntime_torch.cli.verify import verify
 from dtruntime_torch.errors import DTRuntimeError
@@ -29,10 +31,12 @@ def _with_errors_in_one_line(command: Callable[P, None]) -> Callable[P, None]:
 
 
 app = typer.Typer(
-    help="Shows checkpoints and checks them.",
+    help="Shows checkpoints, checks them and deletes them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command()(_with_errors_in_one_line(ls))
 app.command()(_with_errors_in_one_line(verify))
+app.command()(_with_errors_in_one_line(prune))
+app.command()(_with_errors_in_one_line(drop))

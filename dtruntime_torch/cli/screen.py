@@ -16,6 +16,16 @@ def screen() -> Console:
     return console
 
 
+def count(number: int, what: str) -> str:
+    """A number of things, in words.
+
+    Example:
+        >>> count(1, "chunk"), count(0, "chunk")
+        ('1 chunk', '0 chunks')
+    """
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def one_line(text: str) -> str:
     r"""Text as it may be shown: on one line, and with nothing in it that a terminal would obey.
 

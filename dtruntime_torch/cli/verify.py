@@ -13,7 +13,7 @@ from dtruntime_torch.checkpoint.names import CommitKey
 from dtruntime_torch.checkpoint.verify import VerifyReport, find_commit
 from dtruntime_torch.checkpoint.verify import verify as verify_checkpoint
 from dtruntime_torch.cli.place import Place, find_place
-from dtruntime_torch.cli.screen import one_line, screen
+from dtruntime_torch.cli.screen import count, one_line, screen
 from dtruntime_torch.errors import CheckpointNotFound
 from dtruntime_torch.storage import StorageBackend, run_sync
 
@@ -69,8 +69,8 @@ def _print(report: VerifyReport) -> None:
     out = screen()
     for damage in report.damage:
         out.print(one_line(str(damage)))
-    verdict = "sound" if report.ok else f"damaged in {len(report.damage)} places"
+    verdict = "sound" if report.ok else f"damaged in {count(len(report.damage), 'place')}"
     out.print(
         f"{report.name} step {report.step} generation {report.generation}: {verdict}; checked "
-        f"{report.tensors} tensors, {report.chunks} chunks, {decimal(report.nbytes)}"
+        f"{count(report.tensors, 'tensor')}, {count(report.chunks, 'chunk')}, {decimal(report.nbytes)}"
     )

@@ -280,6 +280,26 @@ class StorageConformance:
         run_sync(create_all())
         assert [entry.path for entry in run_sync(backend.list("commits/"))] == paths
 
+    def test_it_says_how_long_a_change_takes_to_be_seen(self, backend: StorageBackend) -> None:
+        assert backend.settle_seconds >= 0.0
+
+    def test_what_is_whole_is_not_unfinished_and_is_not_discarded(self, backend: StorageBackend) -> None:
+        for path in ("folder/file", "folder/.hidden", "folder/.tmp-mine"):
+            run_sync(backend.write(path, b"bytes"))
+        for prefix in ("", "folder/", "fold", "folder/file", "absent/"):
+            assert run_sync(backend.unfinished(prefix)) == []
+            assert run_sync(backend.discard_unfinished(prefix)) == 0
+        assert len(run_sync(backend.list(""))) == 3
+
+    def test_a_write_that_failed_is_discarded_with_its_bytes(self, backend: StorageBackend) -> None:
+        run_sync(backend.create("folder/file", b"bytes"))
+        with pytest.raises(AlreadyExists):
+            run_sync(backend.create("folder/file", b"bytes"))
+        left = run_sync(backend.unfinished(""))
+        assert run_sync(backend.discard_unfinished("")) == sum(entry.size for entry in left)
+        assert run_sync(backend.unfinished("")) == []
+        assert bytes(run_sync(backend.read("folder/file"))) == b"bytes"
+
     @pytest.mark.parametrize("path", BAD_PATHS)
     def test_a_bad_path_is_refused(self, backend: StorageBackend, path: str) -> None:
         calls: list[Callable[[], Awaitable[object]]] = [
@@ -297,8 +317,9 @@ class StorageConformance:
 
     @pytest.mark.parametrize("prefix", ["/", "/a", "..", "../", "a/../b", "a//", ".", "back\\slash", "nul\0"])
     def test_a_bad_prefix_is_refused(self, backend: StorageBackend, prefix: str) -> None:
-        with pytest.raises(InvalidArgument):
-            run_sync(backend.list(prefix))
+        for call in (backend.list, backend.unfinished, backend.discard_unfinished):
+            with pytest.raises(InvalidArgument):
+                run_sync(_await(call(prefix)))
 
     def test_another_delimiter_is_refused(self, backend: StorageBackend) -> None:
         with pytest.raises(InvalidArgument):

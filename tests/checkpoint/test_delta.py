@@ -16,6 +16,7 @@ from dtruntime_torch.checkpoint.format.records import Part
 from dtruntime_torch.checkpoint.layout import Layout
 from dtruntime_torch.checkpoint.names import Attempt
 from dtruntime_torch.checkpoint.shard_file import DELTA_HEADER, Shard, write_shard
+from dtruntime_torch.checkpoint.specs import Extent
 from dtruntime_torch.errors import InvalidArgument
 from dtruntime_torch.storage import MemoryBackend, run_sync
 from tests.checkpoint.plan_builders import flat, obj, plans_of
@@ -156,6 +157,24 @@ def test_chunks_of_a_base_that_lie_in_any_order_are_found():
         part = save(backend, step, image_of({"w": array}), part)[0].part
         assert read_back(backend, part)["w"] == array.tobytes()
     assert [e.file for e in part.tensors[0].extents] == [2, 1, 0, 2]
+
+
+def test_extents_of_a_base_that_are_apart_stay_apart():
+    image = image_of({"w": np.arange(3 * CHUNK, dtype=np.uint8)})
+    part = save(MemoryBackend(), 1, image, None)[0].part
+    (file,), (entry,) = part.files, part.tensors
+    apart = (Extent(0, 128, CHUNK), Extent(0, 128 + 2 * CHUNK, 2 * CHUNK))
+    base = replace(part, files=(replace(file, length=1000),), tensors=(replace(entry, extents=apart),))
+    assert make_delta(base, image.layout, image.digests, 64).extents == (apart,)
+
+
+@pytest.mark.parametrize("byte", [0, 15])
+def test_a_digest_that_differs_in_one_byte_is_another(byte):
+    image = image_of({"w": np.arange(3 * CHUNK, dtype=np.uint8)})
+    part = save(MemoryBackend(), 1, image, None)[0].part
+    digests = bytearray(image.digests)
+    digests[16 + byte] ^= 1
+    assert make_delta(part, image.layout, bytes(digests), 64).changed_bytes == CHUNK
 
 
 @pytest.mark.parametrize(

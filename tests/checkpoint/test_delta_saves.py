@@ -93,6 +93,18 @@ def test_a_delta_says_what_it_wrote_and_whose_files_it_uses():
     assert [part.data_length for part in manifest.parts] == [second.written, 0]
 
 
+def test_a_delta_uses_what_any_rank_uses():
+    backend, states = MemoryBackend(), make_states(2)
+    ranks = delta_ranks(2, backend)
+    save_all(ranks, states, 1)
+    states[1]["own1"][-1] = 7
+    save_all(ranks, states, 2)
+    touch(states, 3)
+    save_all(ranks, states, 3)
+    assert set(read_manifest(backend, 3).uses) == {f"step-{step:08}/0001-1" for step in (1, 2, 3)}
+    check_step(backend, states, 3)
+
+
 def read_manifest(backend, step):
     async def read():
         return await catalog.read_manifest(

@@ -67,11 +67,11 @@ def test_a_delta_is_tried_again_as_a_delta():
     backend, states = FaultyBackend(MemoryBackend()), make_states(2)
     ranks = delta_ranks(2, backend, retry=AT_ONCE)
     save_all(ranks, states, 1)
-    touch(states, 2, chunks=(3,))
+    touch(states, 2, chunks=(3,), own=True)
     full = StorageError(28, "The disk is full")
-    backend.when("write", "*.delta", not_done(full))
+    backend.when("write", "*/shard-00000-of-00002.delta", not_done(full))
     info = save_all(ranks, states, 2)
-    assert not info.full and info.written == 64 + CHUNK and info.path.endswith("0001-2")
+    assert not info.full and info.written < 10 * CHUNK and info.path.endswith("0001-2")
     assert attempts_of(backend, 2) == ["0001-2"]
     check_step(backend, states, 2)
 
@@ -106,6 +106,7 @@ def test_what_is_no_fault_of_the_storage_is_not_tried_again():
 def test_a_rank_that_takes_no_part_is_not_waited_for_in_another_try(odd):
     backend, states = MemoryBackend(), make_states(2)
     ranks = delta_ranks(2, backend, retry=AT_ONCE)
+    save_all(ranks, states, 1)
     take = ranks[odd].saver._take
 
     def refuse(*args):
@@ -113,10 +114,10 @@ def test_a_rank_that_takes_no_part_is_not_waited_for_in_another_try(odd):
         raise OSError("this rank could not even begin")
 
     ranks[odd].saver._take = refuse
-    results = start_all(ranks, states, 1)
+    results = start_all(ranks, states, 2)
     assert isinstance(results[odd], OSError) and isinstance(results[1 - odd], SaveFailed)
-    save_all(ranks, states, 2)
-    check_step(backend, states, 2)
+    save_all(ranks, states, 3)
+    check_step(backend, states, 3)
 
 
 def test_the_pauses_are_those_of_the_policy(monkeypatch):

@@ -95,3 +95,19 @@ def test_a_call_that_fails_changes_nothing(disk, top: Path, tmp_path: Path) -> N
         disk.link(str(top / "a"), str(top / "b"))
     disk.sync_folder(str(top))
     assert (disk.after_power_cut(tmp_path / "cut") / "b").read_bytes() == b"b"
+
+
+def test_a_removed_folder_comes_back_with_its_files_until_its_parent_is_synced(
+    disk, top: Path, tmp_path: Path
+) -> None:
+    folder = top / "folder"
+    disk.mkdir(str(folder))
+    write(disk, folder / "file", b"bytes")
+    disk.sync_folder(str(folder))
+    disk.sync_folder(str(top))
+    disk.unlink(str(folder / "file"))
+    disk.rmdir(str(folder))
+    assert names(disk.after_power_cut(tmp_path / "before")) == ["folder", "folder/file"]
+    assert names(disk.after_power_cut(tmp_path / "half", lambda path: path == "folder/file")) == ["folder"]
+    disk.sync_folder(str(top))
+    assert names(disk.after_power_cut(tmp_path / "after")) == []
