@@ -81,6 +81,9 @@ class Leader:
         else:
             run_sync(commit.check_not_replaced(self._backend, name, lineage.generation))
         key = CommitKey(lineage.generation, step)
+        # Steps that are decided are not saved again in this generation.
+        undecided = (tried for tried in self._tries if tried > CommitKey(key.generation, lineage.last_step))
+        self._tries = Counter({tried: self._tries[tried] for tried in undecided})
         self._tries[key] += 1
         return Attempt(*key, self._tries[key])
 
