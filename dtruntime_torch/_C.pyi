@@ -632,7 +632,8 @@ def cuda_digest(
     Args:
         chunks: what `cuda_list_chunks` stored.
         count: how many there are, below 2**31.
-        digests: device memory of 16 bytes a chunk, aligned to 16.
+        digests: 16 bytes a chunk, aligned to 16: device memory, or pinned memory of the host that is mapped for
+            the device.
         queue: scratch memory of 4 bytes, aligned to 4, this call's own until the stream has passed it.
         device: see `cuda_device_count`.
         stream: see there.
@@ -646,7 +647,7 @@ def cuda_find_changed(
 
     Args:
         digests: of `count` chunks, 16 bytes each, aligned to 16.
-        known: as many, aligned to 16; equal to `digests` afterwards.
+        known: as many, aligned to 16; equal to `digests` afterwards. Both may lie in pinned memory of the host.
         count: below 2**31.
         changed: where the numbers of the chunks that differ go, in any order: room for `count` uint32.
         changed_count: where their number goes: one uint32.

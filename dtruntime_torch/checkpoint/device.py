@@ -1,4 +1,4 @@
-"""What staging needs of an accelerator: a seam of five methods, and the real one behind it.
+"""What staging needs of an accelerator: a seam, and the real one behind it.
 
 The order of the calls can so be tested without a device. `CudaDevice` is written against `torch.cuda`, not
 `torch.accelerator`: the arena is pinned by CUDA's runtime (ROCm's under the same name), so a copy from any other
@@ -13,6 +13,9 @@ from typing import Protocol
 
 import torch
 
+from dtruntime_torch import _C
+from dtruntime_torch.checkpoint.chunk_table import NativeCalls, Place
+
 
 class Event(Protocol):
     """A point in the work of a stream."""
@@ -24,14 +27,14 @@ class Event(Protocol):
         """Blocks this thread until the stream has passed it."""
 
 
-class Device(Protocol):
+class Device(Place, Protocol):
     """What staging needs of a device: its current stream, which is the caller's, and a side stream, which is ours."""
 
     def follow_current(self) -> None:
         """Makes the side stream wait for all that the current stream was given so far."""
 
     def on_side(self) -> AbstractContextManager[object]:
-        """Inside, `copy` and the memory that it needs belong to the side stream."""
+        """Inside, `copy`, the native calls and the memory that they need belong to the side stream."""
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Enqueues a copy; the bytes move later.
@@ -40,6 +43,12 @@ class Device(Protocol):
             target: host memory, one-dimensional uint8, of the source's bytes.
             source: on the device, of any dtype and stride; its elements arrive in row-major order.
         """
+
+    def can_write(self, arena: _C.Arena) -> bool:
+        """Whether its kernels reach the memory of an arena."""
+
+    def host_memory(self, nbytes: int) -> torch.Tensor:
+        """Memory of the host that its kernels read and write: uint8, aligned to 16, of any content."""
 
     def record(self) -> Event:
         """An event behind all that the side stream was given so far."""
@@ -54,22 +63,35 @@ class CudaDevice:
     The side stream has a high priority, so that a copy never queues behind the kernels of training.
     """
 
+    native: NativeCalls = _C
+
     def __init__(self, index: int) -> None:
-        self._index = index
+        self.index = index
+        self.torch_device = torch.device("cuda", index)
         self._side = torch.cuda.Stream(index, priority=-1)  # type: ignore[no-untyped-call]
 
     def follow_current(self) -> None:
-        with torch.cuda.device(self._index):
+        with torch.cuda.device(self.index):
             if torch.cuda.is_current_stream_capturing():
                 # To wait for this stream would draw the side stream into the graph, and spoil it.
                 raise RuntimeError("a CUDA graph is being captured; save before or after that")
-        self._side.wait_stream(torch.cuda.current_stream(self._index))
+        self._side.wait_stream(torch.cuda.current_stream(self.index))
 
     def on_side(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._side)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(as_bytes(source), non_blocking=True)
+
+    def stream(self) -> int:
+        return int(torch.cuda.current_stream(self.index).cuda_stream)
+
+    def can_write(self, arena: _C.Arena) -> bool:
+        return arena.pinned  # and mapped: csrc/cuda/transfer.cu
+
+    def host_memory(self, nbytes: int) -> torch.Tensor:
+        # torch keeps such memory for the next who asks: to pin anew may wait for the device.
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def record(self) -> Event:
         # A thread that waits for a blocking event sleeps, and leaves its core to training.
@@ -79,7 +101,7 @@ class CudaDevice:
 
     def hold_current(self, event: Event) -> None:
         assert isinstance(event, torch.cuda.Event)
-        torch.cuda.current_stream(self._index).wait_event(event)
+        torch.cuda.current_stream(self.index).wait_event(event)
 
 
 @functools.cache

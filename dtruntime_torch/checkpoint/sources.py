@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -17,6 +17,31 @@ FindDevice = Callable[[torch.Tensor], Device | None]
 
 
 @dataclass(frozen=True, slots=True)
+class PairNames:
+    """Names pairs in a message, the first few.
+
+    Args:
+        names: of all pairs, in their order; if there are none they are numbered.
+
+    Example:
+        >>> PairNames()({3}), PairNames()(range(2, 9))
+        ('pair 3', 'pairs 2, 3, 4 and 4 more')
+        >>> PairNames(["weight", "bias"])([1])
+        'bias'
+    """
+
+    names: Sequence[str] = ()
+
+    def __call__(self, numbers: Collection[int]) -> str:
+        first = sorted(numbers)[:3]
+        if self.names:
+            named = ", ".join(self.names[number] for number in first)
+        else:
+            named = f"pair{'s' * (len(numbers) > 1)} {', '.join(map(str, first))}"
+        return f"{named} and {len(numbers) - 3} more" if len(numbers) > 3 else named
+
+
+@dataclass(frozen=True, slots=True)
 class Sources:
     """The pairs of one staging, by number.
 
@@ -27,6 +52,7 @@ class Sources:
         native: those that lie in host memory in one piece, or are empty.
         by_torch: those that torch copies at once: strided, conjugated, or on a device without a `Device`.
         on_device: device -> those on it.
+        name: names pairs in a message.
     """
 
     tensors: Sequence[torch.Tensor]
@@ -35,6 +61,11 @@ class Sources:
     native: Sequence[int]
     by_torch: Sequence[int]
     on_device: Mapping[Device, Sequence[int]]
+    name: PairNames
+
+    def placed(self, numbers: Iterable[int]) -> dict[int, tuple[torch.Tensor, int]]:
+        """Number -> source and its offset in the arena, of some pairs."""
+        return {number: (self.tensors[number], self.offsets[number]) for number in numbers}
 
     def in_order(self, parts: Iterable[tuple[Sequence[int], bytes]], chunk_bytes: int) -> bytes:
         """The digests of all pairs in the order of the pairs, from those of some pairs each."""
@@ -53,13 +84,16 @@ class Sources:
         return b"".join(digests[starts[number] : starts[number + 1]] for number in numbers)
 
 
-def sort_sources(pairs: Sequence[Pair], arena_nbytes: int, find_device: FindDevice) -> Sources:
+def sort_sources(
+    pairs: Sequence[Pair], arena_nbytes: int, find_device: FindDevice, names: Sequence[str] = ()
+) -> Sources:
     """Checks and sorts pairs; nothing is read or written.
 
     Args:
         pairs: source and arena offset of each.
         arena_nbytes: bytes of the arena.
         find_device: gives the device from which a tensor is copied asynchronously, or None.
+        names: as many, or none.
 
     Raises:
         InvalidArgument: a source has no bytes to copy (sparse, meta), its place is not inside the arena or shared
@@ -97,7 +131,7 @@ def sort_sources(pairs: Sequence[Pair], arena_nbytes: int, find_device: FindDevi
         else:
             by_torch.append(number)
     tensors, offsets = [tensor for tensor, _ in pairs], [offset for _, offset in pairs]
-    sources = Sources(tensors, offsets, lengths, native, by_torch, on_device)
+    sources = Sources(tensors, offsets, lengths, native, by_torch, on_device, PairNames(names))
     _check_disjoint(sources)
     return sources
 

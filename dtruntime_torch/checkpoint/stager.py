@@ -30,13 +30,14 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import chain
 
 import torch
 
 from dtruntime_torch import _C
 from dtruntime_torch.checkpoint.device import device_of
-from dtruntime_torch.checkpoint.device_copies import DeviceCopies, name_pairs
+from dtruntime_torch.checkpoint.device_changes import DeviceChanges, comparable
+from dtruntime_torch.checkpoint.device_copies import DeviceCopies
+from dtruntime_torch.checkpoint.device_work import DeviceWork
 from dtruntime_torch.checkpoint.locks import held
 from dtruntime_torch.checkpoint.sources import FindDevice, Pair, Sources, sort_sources
 from dtruntime_torch.errors import BarrierTimeout, InvalidArgument, SaveFailed
@@ -88,7 +89,7 @@ class Stager:
         """The staging that was started last, if that went well."""
         return self._running
 
-    def start(self, pairs: Sequence[Pair], only_changed: bool = False) -> Staging:
+    def start(self, pairs: Sequence[Pair], only_changed: bool = False, names: Sequence[str] = ()) -> Staging:
         """Starts to copy each source to its place. See above for when it may be overwritten.
 
         Args:
@@ -98,6 +99,7 @@ class Stager:
             only_changed: leaves chunks alone that the arena holds already: of sources that are read in the
                 background, at the places and of the lengths of the staging before this. Where nothing is known of
                 the arena, all is copied.
+            names: of the pairs, for messages; if none are given, they are numbered.
 
         Raises:
             InvalidArgument: the staging before this one has not ended, or a pair cannot be copied; it is named.
@@ -106,7 +108,7 @@ class Stager:
         """
         if self._running is not None and not self._running.ended:
             raise InvalidArgument("the arena is in use: wait for the staging that goes on, or cancel it")
-        sources = sort_sources(pairs, self.arena.nbytes, self._find_device)
+        sources = sort_sources(pairs, self.arena.nbytes, self._find_device, names)
         last = self._running
         known = last.holds(self.arena, sources) if only_changed and last is not None else None
         # From here on nobody knows what the arena holds, until this staging has ended well.
@@ -123,7 +125,7 @@ class Stager:
         )
         try:
             self._running = Staging(self.arena, sources, job, self._chunk_bytes, threads)
-            self._running._enqueue()
+            self._running._enqueue(known)
         except BaseException:
             job.cancel()
             if self._running is not None:
@@ -159,7 +161,7 @@ class Staging:
         self._threads = threads
         # While there is a view the arena keeps its memory. torch.frombuffer itself does not hold one.
         self._image: torch.Tensor | None = None
-        self._copies: list[DeviceCopies] = []
+        self._on_device: list[DeviceWork] = []
         self._ending = threading.RLock()
         self._digests: bytes | None = None
         self._failure: SaveFailed | None = None
@@ -185,9 +187,9 @@ class Staging:
         asked = None if indices is None else self._checked(indices)
         if self.ended:
             return
-        for copies in self._copies:
-            if asked is None or not copies.pairs.isdisjoint(asked):
-                copies.hold_current()
+        for work in self._on_device:
+            if asked is None or not set(asked).isdisjoint(work.numbers):
+                work.hold_current()
         numbers = None if asked is None else [self._job_numbers[n] for n in asked if n in self._job_numbers]
         try:
             copied = self._job.wait(numbers, timeout)
@@ -196,7 +198,7 @@ class Staging:
                 raise SaveFailed(f"the staging was given up: {error}") from error
             return
         if not copied:
-            which = "the sources" if asked is None else name_pairs(asked)
+            which = "the sources" if asked is None else self._sources.name(asked)
             raise BarrierTimeout(f"{which} may not be overwritten yet: {self._progress(timeout)}")
 
     def wait(self, timeout: float | None = None) -> bytes:
@@ -243,7 +245,7 @@ class Staging:
         """
         if self.ended:
             return self._digests is not None
-        return self._failure is None and self._job.done and all(copies.done() for copies in self._copies)
+        return self._failure is None and self._job.done and all(work.done() for work in self._on_device)
 
     @property
     def nbytes_done(self) -> int:
@@ -253,20 +255,18 @@ class Staging:
             SaveFailed: a device failed.
         """
         at_once = sum(self._sources.lengths[number] for number in self._sources.by_torch)
-        return (
-            at_once + self._job.nbytes_done + sum(copies.nbytes for copies in self._copies if copies.done())
-        )
+        return at_once + self._job.nbytes_done + sum(work.nbytes for work in self._on_device if work.done())
 
     @property
     def nbytes_copied(self) -> int:
         """Bytes that were copied; the others were in the arena already. Final once `wait` has returned."""
-        others = self.nbytes - self._job.nbytes
-        return self._job.nbytes_copied + others
+        at_once = sum(self._sources.lengths[number] for number in self._sources.by_torch)
+        return at_once + self._job.nbytes_copied + sum(work.nbytes_copied for work in self._on_device)
 
     @property
     def chunks_skipped(self) -> int:
         """Chunks that were not copied, since the arena held them. Final once `wait` has returned."""
-        return self._job.chunks_skipped
+        return self._job.chunks_skipped + sum(work.chunks_skipped for work in self._on_device)
 
     def holds(self, arena: _C.Arena, sources: Sources) -> bytes | None:
         """Says what an arena holds at the places of some sources, if it is this staging that knows.
@@ -283,14 +283,24 @@ class Staging:
         if self._process == os.getpid() and not self.ended:
             self.cancel()
 
-    def _enqueue(self) -> None:
+    def _enqueue(self, known: bytes | None) -> None:
         sources = self._sources
         if not sources.by_torch and not sources.on_device:
             return
         self._image = image = torch.frombuffer(memoryview(self._arena), dtype=torch.uint8)
         for device, numbers in sources.on_device.items():
-            placed = {number: (sources.tensors[number], sources.offsets[number]) for number in numbers}
-            self._copies.append(DeviceCopies(device, image, placed))
+            tensors = {number: sources.tensors[number] for number in numbers}
+            compared = [] if known is None else comparable(device, self._arena, tensors, self._chunk_bytes)
+            copied = sorted(set(numbers).difference(compared))
+            if known is not None and compared:
+                table = sources.of_some(compared, known, self._chunk_bytes)
+                self._on_device.append(
+                    DeviceChanges(
+                        device, self._arena, sources.placed(compared), table, self._chunk_bytes, sources.name
+                    )
+                )
+            if copied:
+                self._on_device.append(DeviceCopies(device, image, sources.placed(copied), sources.name))
         for number in sources.by_torch:
             source, offset = sources.tensors[number], sources.offsets[number]
             place = image[offset : offset + sources.lengths[number]].view(source.dtype)
@@ -313,14 +323,17 @@ class Staging:
             self._job.cancel()
             settled = True
             self._failure = self._failure or SaveFailed(f"the staging was given up: {error}")
-        for copies in self._copies:
+        for work in self._on_device:
             try:
-                settled = copies.wait(deadline) and settled
+                settled = work.wait(deadline) and settled
             except SaveFailed as failure:
                 self._failure = failure
         if settled:
             if self._failure is None:
-                self._digests = self._digest()
+                try:
+                    self._digests = self._digest()
+                except SaveFailed as failure:
+                    self._failure = failure
             self._image = None
             self._sources = replace(self._sources, tensors=())
             self.ended = True
@@ -331,16 +344,17 @@ class Staging:
         native = self._job.digests()
         if len(sources.native) == len(sources.lengths):
             return native
-        others = [*sources.by_torch, *chain.from_iterable(sources.on_device.values())]
-        # Of what arrived. A digest that a device took of what it sent would be compared with these.
-        arrived = _C.digest_ranges(
+        by_torch = _C.digest_ranges(
             self._arena,
-            [sources.offsets[number] for number in others],
-            [sources.lengths[number] for number in others],
+            [sources.offsets[number] for number in sources.by_torch],
+            [sources.lengths[number] for number in sources.by_torch],
             chunk_bytes,
             self._threads,
         )
-        return sources.in_order(((sources.native, native), (others, arrived)), chunk_bytes)
+        parts = [(sources.native, native), (sources.by_torch, by_torch)]
+        for work in self._on_device:
+            parts.append((work.numbers, work.digests(self._arena, chunk_bytes, self._threads)))
+        return sources.in_order(parts, chunk_bytes)
 
     def _checked(self, indices: Iterable[int]) -> list[int]:
         asked, count = list(indices), len(self._sources.lengths)

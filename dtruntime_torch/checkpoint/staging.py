@@ -79,10 +79,10 @@ def stage(
 
     Raises:
         BarrierTimeout: not all bytes are there yet.
-        SaveFailed: a device failed.
+        SaveFailed: a device failed, or what arrived from it is not what it sent; it names the tensors.
     """
     pairs = [(tensors[slot.item.spec.fqn], slot.offset) for slot in layout.slots]
-    staging = stager.start(pairs, only_changed)
+    staging = stager.start(pairs, only_changed, [slot.item.spec.fqn for slot in layout.slots])
     try:
         memoryview(stager.arena)[: len(layout.header)] = layout.header
         return staging.wait(timeout)

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import torch
 
-from dtruntime_torch.gpucheck.chunk_table import ChunkTable
+from dtruntime_torch.checkpoint.chunk_table import ChunkTable
 from dtruntime_torch.gpucheck.comparison import Comparison, compare, gigabytes_per_second, in_turns
 from dtruntime_torch.gpucheck.device import Bench, random_bytes
-from dtruntime_torch.gpucheck.sizes import GIB, KIB, MIB, Sizes
+from dtruntime_torch.gpucheck.sizes import MIB, Sizes, said
 from dtruntime_torch.gpucheck.staging import TIMEOUT
 from dtruntime_torch.gpucheck.timing import Work, by_clock, by_events
 
@@ -51,7 +51,7 @@ def measure_staging(bench: Bench, sizes: Sizes) -> Iterator[Comparison]:
     }
     seconds = in_turns(works, lambda work: by_clock(bench, work), sizes.repetitions)
     yield compare(
-        f"staging/{_size(nbytes)} in {len(pairs)} tensors",
+        f"staging/{said(nbytes)} in {len(pairs)} tensors",
         seconds["ours"],
         seconds["peer"],
         peer_name="one copy to pinned memory",
@@ -65,13 +65,13 @@ def _against_read(
 ) -> Comparison:
     table = ChunkTable(bench, [data.data_ptr()], [data.numel()], chunk_bytes)
     digests = table.digest()
-    name = f"digest/{_size(data.numel())} in chunks of {_size(chunk_bytes)}"
+    name = f"digest/{said(data.numel())} in chunks of {said(chunk_bytes)}"
     return _beside_read(bench, sizes, data, name, lambda: table.digest(digests), goal)
 
 
 def _op_against_read(bench: Bench, sizes: Sizes, data: torch.Tensor) -> Comparison:
     """The op makes its list of chunks and its result anew at each call."""
-    name = f"digest op/{_size(data.numel())} in chunks of {_size(MIB)}"
+    name = f"digest op/{said(data.numel())} in chunks of {said(MIB)}"
     return _beside_read(bench, sizes, data, name, lambda: bench.digest(data, MIB), None)
 
 
@@ -93,7 +93,7 @@ def _copy_against_copy(bench: Bench, sizes: Sizes, data: torch.Tensor) -> Compar
     return _by_events(
         bench,
         sizes,
-        f"copy with digest/{_size(data.numel())} in chunks of {_size(MIB)}",
+        f"copy with digest/{said(data.numel())} in chunks of {said(MIB)}",
         lambda: table.digest(digests, copy=True),
         lambda: bench.copy(target, data),
         "a copy on the device",
@@ -123,11 +123,3 @@ def _by_events(
         figure=gigabytes_per_second(nbytes),
         goal=goal,
     )
-
-
-def _size(nbytes: int) -> str:
-    """A size as one says it."""
-    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
-        if nbytes >= unit and nbytes % unit == 0:
-            return f"{nbytes // unit} {name}"
-    return f"{nbytes} bytes"

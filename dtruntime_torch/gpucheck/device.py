@@ -6,7 +6,7 @@ memory. Work is enqueued on the current stream, in order, and may go on after th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol, TypeAlias
 
@@ -14,78 +14,24 @@ import torch
 from torch.distributed.checkpoint.staging import AsyncStager
 
 from dtruntime_torch import _C
+from dtruntime_torch.checkpoint.chunk_table import Place
 from dtruntime_torch.checkpoint.stager import Stager
 
 # A moment of a stream: whatever the device makes of it.
 Moment: TypeAlias = object
 
 
-class NativeCalls(Protocol):
-    """The functions of `_C` for a device; `_C.pyi` explains them. `_C` itself is one of these."""
-
-    def cuda_list_chunks(
-        self,
-        sources: Sequence[int],
-        lengths: Sequence[int],
-        targets: Sequence[int],
-        chunk_bytes: int,
-        chunks: int,
-        device: int,
-        stream: int,
-    ) -> None: ...
-    def cuda_digest(
-        self,
-        chunks: int,
-        count: int,
-        digests: int,
-        queue: int,
-        device: int,
-        stream: int,
-        copy: bool = False,
-    ) -> None: ...
-    def cuda_find_changed(
-        self,
-        digests: int,
-        known: int,
-        count: int,
-        changed: int,
-        changed_count: int,
-        device: int,
-        stream: int,
-    ) -> None: ...
-    def cuda_gather_changed(
-        self,
-        chunks: int,
-        changed: int,
-        changed_count: int,
-        most: int,
-        staging: int,
-        stride: int,
-        device: int,
-        stream: int,
-    ) -> None: ...
-    def cuda_read(self, data: int, nbytes: int, sink: int, device: int, stream: int) -> None: ...
-
-
-class Bench(Protocol):
+class Bench(Place, Protocol):
     """Where the checks run.
 
     Attributes:
         kind, name: "gpu", or what else it is (no report of that is taken for a GPU's), and what it calls itself.
-        torch_device: where tensors go.
-        index, native: its number for the native calls, and these.
     """
 
     @property
     def kind(self) -> str: ...
     @property
     def name(self) -> str: ...
-    @property
-    def torch_device(self) -> torch.device: ...
-    @property
-    def index(self) -> int: ...
-    @property
-    def native(self) -> NativeCalls: ...
 
     def describe(self) -> dict[str, object]:
         """What it is, for the report; JSON."""
@@ -98,9 +44,6 @@ class Bench(Protocol):
 
     def current_index(self) -> int:
         """The number of the device that is current for this thread now."""
-
-    def stream(self) -> int:
-        """The current stream, for the native calls."""
 
     def on_side_stream(self) -> AbstractContextManager[object]:
         """Makes a second stream the current one, always the same."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from dtruntime_torch.gpucheck.bandwidth import measure_digest, measure_staging
 from dtruntime_torch.gpucheck.changes import check_changes
 from dtruntime_torch.gpucheck.cuda_device import CudaBench, what_is_missing
+from dtruntime_torch.gpucheck.deltas import check_deltas, measure_deltas
 from dtruntime_torch.gpucheck.device import Bench
 from dtruntime_torch.gpucheck.digests import check_digests
 from dtruntime_torch.gpucheck.findings import Check, Finding
@@ -30,9 +31,11 @@ SECTIONS: tuple[Section, ...] = (
     check_streams,
     check_changes,
     check_staging,
+    check_deltas,
     check_overlap,
     measure_digest,
     measure_staging,
+    measure_deltas,
     measure_gather,
     measure_training,
 )

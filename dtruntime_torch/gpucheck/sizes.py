@@ -109,3 +109,16 @@ QUICK = Sizes(
     steps=10,
     windows=2,
 )
+
+
+def said(nbytes: int) -> str:
+    """A size as one says it.
+
+    Example:
+        >>> said(3 << 20), said(1025)
+        ('3 MiB', '1025 bytes')
+    """
+    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if nbytes >= unit and nbytes % unit == 0:
+            return f"{nbytes // unit} {name}"
+    return f"{nbytes} bytes"

@@ -46,8 +46,8 @@ def while_overwritten(bench: Bench, sizes: Sizes) -> Check:
                 staging.before_overwrite([index], timeout=TIMEOUT)
             tensor.fill_(0xEE)
         digests = staging.wait(TIMEOUT)
-        torn += [f"round {number}: {what}" for what in _differences(arena, offsets, expected, digests)]
-    return _as_they_were(f"staging/{sizes.staging_rounds} rounds while overwritten", len(tensors), torn)
+        torn += [f"round {number}: {what}" for what in differences(arena, offsets, expected, digests)]
+    return as_they_were(f"staging/{sizes.staging_rounds} rounds while overwritten", len(tensors), torn)
 
 
 def while_training(bench: Bench, sizes: Sizes) -> Check:
@@ -68,16 +68,11 @@ def while_training(bench: Bench, sizes: Sizes) -> Check:
             loop.step()
         door.remove()
         digests = staging.wait(TIMEOUT)
-        torn += [f"round {number}: {what}" for what in _differences(arena, offsets, expected, digests)]
+        torn += [f"round {number}: {what}" for what in differences(arena, offsets, expected, digests)]
         alone = sum(torch.equal(*both) for both in zip(tensors, expected, strict=True))
         if 2 * alone > len(tensors):
             torn.append(f"round {number}: nothing, but training left {alone} alone, so this shows little")
-    return _as_they_were(f"staging/{sizes.training_rounds} rounds of training", len(tensors), torn)
-
-
-def _as_they_were(name: str, count: int, torn: Sequence[str]) -> Check:
-    found = f"{len(torn)} tensors are not as they were, first {torn[0]}" if torn else f"{count} tensors"
-    return Check(name, not torn, found)
+    return as_they_were(f"staging/{sizes.training_rounds} rounds of training", len(tensors), torn)
 
 
 def _tensors(bench: Bench, nbytes: int) -> list[torch.Tensor]:
@@ -96,13 +91,38 @@ def _places(lengths: Sequence[int]) -> list[int]:
     return places
 
 
-def _differences(
-    arena: _C.Arena, offsets: Sequence[int], expected: Sequence[torch.Tensor], digests: bytes
+def as_they_were(name: str, count: int, torn: Sequence[str]) -> Check:
+    """What was found of tensors that were staged.
+
+    Args:
+        name: of the check.
+        count: how many there are.
+        torn: what is wrong.
+    """
+    found = f"{len(torn)} tensors are not as they were, first {torn[0]}" if torn else f"{count} tensors"
+    return Check(name, not torn, found)
+
+
+def differences(
+    arena: _C.Arena,
+    offsets: Sequence[int],
+    expected: Sequence[torch.Tensor],
+    digests: bytes,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> Iterator[str]:
+    """What is wrong with a staging: where its bytes or its digests are not those of the host.
+
+    Args:
+        arena: where the tensors went.
+        offsets: the first byte of each.
+        expected: what they were.
+        digests: what the staging returned.
+        chunk_bytes: of what.
+    """
     image, at = torch.frombuffer(arena, dtype=torch.uint8), 0
     for index, (offset, tensor) in enumerate(zip(offsets, expected, strict=True)):
         host = as_bytes(tensor).cpu()
-        of_host = _C.digest(host.numpy().data, CHUNK_BYTES)
+        of_host = _C.digest(host.numpy().data, chunk_bytes)
         if not torch.equal(image[offset : offset + host.numel()], host):
             yield f"the bytes of tensor {index}"
         if digests[at : at + len(of_host)] != of_host:

@@ -54,7 +54,7 @@ def touch(states: Sequence[Tensors], step: int, chunks: Sequence[int] = (0,), ow
                     tensor[-1] = 500 + step
 
 
-def start_all(ranks: Sequence[Rank], states: Sequence[Tensors], step: int, **more: object) -> list[object]:
+def start_all(ranks: Sequence[Rank], states: Sequence[Tensors], step: int) -> list[object]:
     """Saves on all ranks at once; what each returned or raised."""
     calls = [
         partial(rank.save, {**state, "seed": PerRank(state["seed"]), "step": step}, step)

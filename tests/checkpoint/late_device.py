@@ -13,7 +13,9 @@ from contextlib import contextmanager
 
 import torch
 
+from dtruntime_torch import _C
 from dtruntime_torch.checkpoint.device import as_bytes
+from tests.gpucheck.host_native import HostNative
 
 Work = Callable[[], object]
 
@@ -91,19 +93,57 @@ class LateEvent:
         self.pass_it()
 
 
+class LateNative:
+    """The native calls of a device: each is put on its side stream, and goes to `native` when its turn comes."""
+
+    def __init__(self, device: LateDevice, native: object) -> None:
+        self._device = device
+        self._native = native
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        call, device = getattr(self._native, name), self._device
+
+        def put(*arguments: object) -> None:
+            device.note(name)
+            if name == device.refuse_call:
+                raise RuntimeError(f"launching {name}: out of memory")
+            device.side.put(lambda: call(*arguments))
+            if name in device.meddle:
+                device.side.put(device.meddle[name])
+
+        return put
+
+
 class LateDevice:
     """A `Device` whose tensors are those that `hold` was given.
 
+    Args:
+        native: what does the native calls in the end; None: Python, byte for byte.
+
     Attributes:
         current: the current stream; a test may put another in its place.
+        calls: the names of what was enqueued on the side stream, and of `follow_current` and `record`.
         copied: (bytes, address of the target) of each copy that was enqueued.
         events: all that were recorded.
         refuse: number of the copy that is refused, counted from 0, or None.
+        refuse_call: name of the native call that is refused, or None.
+        meddle: name of a native call -> what happens on the side stream right after it.
+        reaches_arenas: whether its kernels can write an arena.
     """
 
-    def __init__(self) -> None:
+    index = 1
+    torch_device = torch.device("cpu")
+
+    def __init__(self, native: object = None) -> None:
+        self.native = LateNative(
+            self, native or HostNative(lambda what, nbytes: None, self.index, self.stream)
+        )
         self.current = LateStream()
         self.side = LateStream()
+        self.calls: list[str] = []
+        self.refuse_call: str | None = None
+        self.meddle: dict[str, Work] = {}
+        self.reaches_arenas = True
         self.copied: list[tuple[int, int]] = []
         self.events: list[LateEvent] = []
         self.refuse: int | None = None
@@ -123,7 +163,21 @@ class LateDevice:
             event.error = RuntimeError(message)
         self.side.clear()
 
+    def note(self, call: str) -> None:
+        assert self._on_side
+        self.calls.append(call)
+
+    def stream(self) -> int:
+        return 77
+
+    def can_write(self, arena: _C.Arena) -> bool:
+        return self.reaches_arenas
+
+    def host_memory(self, nbytes: int) -> torch.Tensor:
+        return torch.full((nbytes,), 0xA5, dtype=torch.uint8)
+
     def follow_current(self) -> None:
+        self.calls.append("follow_current")
         self.side.wait_for(self.current.record())
 
     @contextmanager
@@ -135,13 +189,14 @@ class LateDevice:
             self._on_side = False
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        assert self._on_side
+        self.note("copy")
         if len(self.copied) == self.refuse:
             raise RuntimeError("CUDA error: out of memory")
         self.copied.append((target.nbytes, target.data_ptr()))
         self.side.put(lambda: target.copy_(as_bytes(source)))
 
     def record(self) -> LateEvent:
+        self.calls.append("record")
         self.events.append(self.side.record())
         return self.events[-1]
 

@@ -59,7 +59,7 @@ class Bench:
         """The next staging leaves nothing of what is in the arena now."""
         self.spoil()
         staging = self.start()
-        assert staging.wait(PATIENCE) == digests(self.pairs)
+        assert staging.wait() == digests(self.pairs)
         assert (staging.nbytes_copied, staging.chunks_skipped) == (staging.nbytes, 0)
         for source, offset in self.pairs:
             assert self.held(offset, source.nbytes) == raw(source)
@@ -196,11 +196,20 @@ def interrupted_as_it_waits(bench: Bench) -> None:
 
 def refused_by_a_device(bench: Bench) -> None:
     bench.device.hold(bench.large)
-    bench.device.refuse = len(bench.device.copied)
+    bench.device.refuse_call = "cuda_gather_changed"
+    with pytest.raises(SaveFailed, match="out of memory"):
+        bench.start()
+    bench.device.refuse_call = None
+
+
+def refused_a_plain_copy(bench: Bench) -> None:
+    bench.device.hold(bench.large)
+    bench.device.reaches_arenas = False
+    bench.device.refuse = 0
     with pytest.raises(SaveFailed, match="out of memory"):
         bench.start()
     bench.device.refuse = None
-    bench.pairs = [(bench.large.clone(), 16), *bench.pairs[1:]]
+    bench.device.reaches_arenas = True
 
 
 def failed_on_a_device(bench: Bench) -> None:
@@ -209,7 +218,15 @@ def failed_on_a_device(bench: Bench) -> None:
     bench.device.fail("CUDA error: uncorrectable ECC error")
     with pytest.raises(SaveFailed, match="ECC"):
         staging.wait(PATIENCE)
-    bench.pairs = [(bench.large.clone(), 16), *bench.pairs[1:]]
+
+
+def torn_on_a_device(bench: Bench) -> None:
+    bench.device.hold(bench.large)
+    bench.large[0] += 1
+    bench.device.meddle["cuda_digest"] = lambda: bench.large.add_(1)
+    with pytest.raises(SaveFailed, match="did not arrive"):
+        bench.start().wait()
+    bench.device.meddle.clear()
 
 
 def of_another_layout(bench: Bench) -> None:
@@ -245,6 +262,8 @@ ENDINGS = [
     interrupted_as_its_job_is_made,
     interrupted_as_it_waits,
     refused_by_a_device,
+    refused_a_plain_copy,
+    torn_on_a_device,
     failed_on_a_device,
     of_another_layout,
     at_another_place,

@@ -232,8 +232,25 @@ def fsdp_round_trip(folder: Path) -> None:
         torch.save(before, folder / "expected.pt")
 
 
+def fsdp_deltas(folder: Path) -> None:
+    """A layer is frozen after the first save: the others write what the rest of the model became."""
+    model, optimizer = make_fsdp()
+    train(model, optimizer, 2)
+    state = {"model": model, "optimizer": optimizer}
+    with dt.CheckpointManager(folder, delta=dt.DeltaPolicy(max_changed=1.0), keep_last_n=2) as manager:
+        full = manager.save(state, 2)
+        model[0].requires_grad_(False)
+        for step in (3, 4, 5):
+            train(model, optimizer, 1)
+            info = manager.save(state, step)
+            assert full.full and not info.full and 0 < info.written < full.nbytes / 2, info
+    before = snapshot_fsdp(model, optimizer)
+    if RANK == 0:
+        torch.save(before, folder / "expected.pt")
+
+
 def fsdp_load(folder: Path) -> None:
-    """Another number of ranks loads what `fsdp_round_trip` saved."""
+    """Another number of ranks loads what `fsdp_round_trip` or `fsdp_deltas` saved."""
     model, optimizer = make_fsdp()
     with dt.CheckpointManager(folder) as manager:
         manager.load({"model": model, "optimizer": optimizer})

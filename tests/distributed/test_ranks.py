@@ -59,6 +59,15 @@ def test_fsdp_shards_load_on_other_numbers_of_ranks(tmp_path):
     torchrun("fsdp_load", tmp_path, 1)
 
 
+def test_sharded_deltas_load_on_other_numbers_of_ranks(tmp_path):
+    torchrun("fsdp_deltas", tmp_path, 2)
+    with dt.CheckpointManager(tmp_path) as manager:
+        assert [(info.step, info.full) for info in manager.list()] == [(4, False), (5, False)]
+        assert all(manager.verify(step).ok for step in (4, 5))
+    torchrun("fsdp_load", tmp_path, 3)
+    torchrun("fsdp_load", tmp_path, 1)
+
+
 def test_a_rank_that_dies_while_writing_is_named_and_leaves_no_commit(tmp_path):
     (status, output), (died, _) = separately("dies_while_writing", tmp_path, 2)
     assert died == 137

@@ -77,14 +77,17 @@ def a_table_that_is_not_brought_up_to_date(bench):
 class Late:
     """A staging that reads its sources only when somebody waits for it."""
 
-    def __init__(self, stager, pairs) -> None:
-        self._stager, self._pairs = stager, pairs
+    def __init__(self, stager, *arguments) -> None:
+        self._stager, self._arguments = stager, arguments
 
     def before_overwrite(self, indices=None, timeout=None) -> None:
         pass
 
     def wait(self, timeout=None) -> bytes:
-        return self._stager.start(self._pairs).wait(timeout)
+        staging = self._stager.start(*self._arguments)
+        digests = staging.wait(timeout)
+        self.nbytes_copied = staging.nbytes_copied
+        return digests
 
 
 def a_torn_staging(bench):
@@ -92,21 +95,35 @@ def a_torn_staging(bench):
         def __init__(self, arena, chunk_bytes) -> None:
             self._stager = Stager(arena, chunk_bytes)
 
-        def start(self, pairs):
-            return Late(self._stager, pairs)
+        def start(self, pairs, only_changed=False):
+            return Late(self._stager, pairs, only_changed)
 
     bench.stager = LateStager
 
 
 def a_staging_with_wrong_digests(bench):
     class Lying(Stager):
-        def start(self, pairs):
-            staging = super().start(pairs)
+        def start(self, *arguments, **options):
+            staging = super().start(*arguments, **options)
             wait = staging.wait
             staging.wait = lambda timeout=None: wait(timeout)[:-16] + bytes(16)
             return staging
 
     bench.stager = Lying
+
+
+def a_stager_that_copies_all(bench):
+    class Thorough(Stager):
+        def start(self, pairs, only_changed=False):
+            return super().start(pairs)
+
+    bench.stager = lambda arena, chunk: Thorough(arena, chunk, find_device=lambda tensor: StagingSide(bench))
+
+
+def a_change_that_is_neither_seen_nor_kept(bench):
+    """The digests of one chunk are the old ones: nobody but who looks at the bytes can tell."""
+    digest_of, seen = bench.native.digest_of, {}
+    bench.native.digest_of = lambda data: seen.setdefault(data[1:], digest_of(data))
 
 
 def an_op_that_does_not_wait_for_the_side_stream(bench):
@@ -156,10 +173,10 @@ def a_stager_on_the_stream_of_training(bench):
 
 def a_start_that_waits(bench):
     class Slow(Stager):
-        def start(self, pairs):
+        def start(self, *arguments, **options):
             for _ in range(10):
                 bench.clock()
-            return super().start(pairs)
+            return super().start(*arguments, **options)
 
     bench.stager = lambda arena, chunk: Slow(arena, chunk, find_device=lambda tensor: StagingSide(bench))
 

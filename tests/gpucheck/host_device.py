@@ -150,6 +150,7 @@ class StagingSide:
 
     def __init__(self, bench: HostBench) -> None:
         self._bench = bench
+        self.native, self.index, self.torch_device = bench.native, bench.index, bench.torch_device
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, StagingSide)
@@ -164,6 +165,15 @@ class StagingSide:
 
     def on_side(self) -> AbstractContextManager[None]:
         return self._bench.on_side_stream("stager")
+
+    def stream(self) -> int:
+        return self._bench.stream()
+
+    def can_write(self, arena: _C.Arena) -> bool:
+        return True
+
+    def host_memory(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         self._bench.copy(target, as_bytes(source))

@@ -18,7 +18,7 @@ Charge = Callable[[str, int], None]
 
 
 class HostNative:
-    """Stands in for `_C` in `gpucheck.device.NativeCalls`.
+    """Stands in for `_C` in `checkpoint.chunk_table.NativeCalls`.
 
     Args:
         charge: told the name of each piece of work and its bytes.

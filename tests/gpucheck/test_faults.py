@@ -9,6 +9,7 @@ import torch
 
 from dtruntime_torch.gpucheck import run
 from dtruntime_torch.gpucheck.changes import check_changes
+from dtruntime_torch.gpucheck.deltas import check_deltas, measure_deltas
 from dtruntime_torch.gpucheck.digests import check_digests
 from dtruntime_torch.gpucheck.overlap import check_overlap
 from dtruntime_torch.gpucheck.staging import check_staging
@@ -39,6 +40,14 @@ FAULTS = [
     (faults.a_torn_staging, check_staging, "staging/2 rounds of training"),
     (faults.a_staging_with_wrong_digests, check_staging, "staging/4 rounds while overwritten"),
     (faults.a_staging_with_wrong_digests, check_staging, "staging/2 rounds of training"),
+    (faults.a_change_that_is_not_seen, check_deltas, "delta staging/4 rounds while overwritten"),
+    (faults.a_change_that_is_neither_seen_nor_kept, check_deltas, "delta staging/4 rounds while overwritten"),
+    (faults.a_gather_that_writes_zeros, check_deltas, "delta staging/4 rounds while overwritten"),
+    (faults.a_torn_staging, check_deltas, "delta staging/4 rounds while overwritten"),
+    (faults.a_stager_that_copies_all, check_deltas, "delta staging/4 rounds while overwritten"),
+    (faults.a_staging_with_wrong_digests, check_deltas, "delta staging/4 rounds while overwritten"),
+    (faults.a_change_that_is_not_seen, measure_deltas, "measure_deltas runs to its end"),
+    (faults.a_stager_that_copies_all, measure_deltas, "delta staging/bytes with 50% changed"),
     (faults.streams_that_wait_for_each_other, check_overlap, "overlap/copies"),
     (faults.streams_that_wait_for_each_other, check_overlap, "overlap/staging"),
     (faults.a_copy_that_waits_its_turn_on_the_side, check_overlap, "overlap/copies"),

@@ -11,6 +11,7 @@ import torch
 
 from dtruntime_torch.gpucheck import digests, gather, run
 from dtruntime_torch.gpucheck.bandwidth import measure_digest, measure_staging
+from dtruntime_torch.gpucheck.deltas import measure_deltas
 from dtruntime_torch.gpucheck.digests import check_digests
 from dtruntime_torch.gpucheck.findings import Check
 from dtruntime_torch.gpucheck.gather import measure_gather
@@ -54,12 +55,14 @@ def test_the_report_has_every_check_and_metric(whole_run):
     assert {"cpu", "kernel", "torch", "python", "compiler", "cuda", "date"} <= set(report["machine"])
     names = [check["name"].partition("/")[0] for check in report["checks"]]
     assert set(names) == {
-        *("digest", "copy", "side stream", "other device", "graph", "changes", "staging", "overlap")
+        *("digest", "copy", "side stream", "other device", "graph", "changes", "staging", "overlap"),
+        "delta staging",
     }
     assert report["not_run"] == []
     assert {metric["metric"].partition("/")[0] for metric in report["metrics"]} == {
         *("digest", "digest op", "copy with digest", "staging", "step"),
         *("gather to the device and one copy", "gather to pinned memory"),
+        *("delta staging, sources held", "delta staging, until digested"),
     }
     goals = {metric["metric"]: metric["goal"] for metric in report["metrics"] if metric["goal"] is not None}
     assert set(goals.values()) == {0.9} and len(goals) == len(TINY.measured_bytes)
@@ -150,6 +153,15 @@ def test_gathering_is_measured_against_a_copy_for_each_piece():
     assert staged.peer == direct.peer == SPEED["copy"]
     assert direct.ours == SPEED["gather"]
     assert staged.ours == pytest.approx(1 / (1 / SPEED["gather"] + 1 / SPEED["copy"]), rel=1e-3)
+
+
+@pytest.mark.parametrize(("fraction", "what"), [(0.01, "1%"), (0.1, "10%"), (0.5, "50%")])
+def test_a_delta_staging_is_measured_against_plain_copies_of_all(fraction, what):
+    found = metrics_of(measure_deltas, HostBench())[f"delta staging, sources held/{what} of 256 KiB changed"]
+    # All is digested, and what changed is gathered.
+    seconds = 1 / SPEED["digest"] + fraction / SPEED["gather"]
+    assert found.peer == SPEED["copy"]
+    assert found.ours == pytest.approx(1 / seconds, rel=1e-2)
 
 
 def test_all_ways_to_gather_bring_the_same_bytes(monkeypatch):

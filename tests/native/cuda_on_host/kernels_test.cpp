@@ -4,8 +4,10 @@
 #include <cuda_runtime.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <random>
 #include <vector>
@@ -144,12 +146,14 @@ void find_and_gather() {
   constexpr size_t kStride = 70'001;
   alignas(16) static uint8_t digests[kCount][kXxh3DigestBytes];
   alignas(16) static uint8_t known[kCount][kXxh3DigestBytes];
-  std::vector<Bytes> sources;
+  std::vector<Bytes> sources, targets;
   std::vector<DeviceChunk> chunks;
   std::vector<bool> differs(kCount);
   for (size_t i = 0; i < kCount; ++i) {
     sources.emplace_back(8 + i % 16, i == 77 ? kStride : 1 + random() % 300).fill(random);
-    chunks.push_back({sources[i].data(), sources[i].size(), nullptr});
+    targets.emplace_back(8 + (i / 16) % 16, sources[i].size());
+    memset(targets[i].data(), 0xa5, targets[i].size());
+    chunks.push_back({sources[i].data(), sources[i].size(), targets[i].data()});
     for (size_t byte = 0; byte < kXxh3DigestBytes; ++byte) {
       digests[i][byte] = known[i][byte] = static_cast<uint8_t>(random());
     }
@@ -173,6 +177,17 @@ void find_and_gather() {
     const Bytes& source = sources[changed[i]];
     require(memcmp(staging.data() + i * kStride, source.data(), source.size()) == 0,
             "a gathered chunk is wrong", i);
+  }
+
+  require(gather_changed(chunks.data(), changed.data(), &count, kCount, nullptr, kStride, kStream));
+  for (size_t i = 0; i < kCount; ++i) {
+    const uint8_t* target = targets[i].data();
+    if (differs[i]) {
+      require(memcmp(target, sources[i].data(), sources[i].size()) == 0, "a chunk is not in its place", i);
+    } else {
+      require(std::all_of(target, target + targets[i].size(), [](uint8_t byte) { return byte == 0xa5; }),
+              "a chunk that did not change was written", i);
+    }
   }
 }
 
