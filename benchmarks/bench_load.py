@@ -14,6 +14,7 @@ import atexit
 import multiprocessing
 import os
 import shutil
+import socket
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -145,11 +146,19 @@ class Loads:
         return self._managers[name]
 
 
-def serve(rank: int, path: Path, orders: Connection) -> None:
+def free_port() -> int:
+    """A port for the Store of the ranks, as torchrun finds one."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+def serve(rank: int, port: int, path: Path, orders: Connection) -> None:
     """A rank: saves its shards, then does what it is told until there is nothing more."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     save_shards(path)
     loads = Loads(path)
     orders.send("ready")
@@ -165,9 +174,10 @@ class Ranks:
     def __init__(self, path: Path) -> None:
         spawn = multiprocessing.get_context("spawn")
         pipes = [spawn.Pipe() for _ in range(2)]
+        port = free_port()
         self._orders = [ours for ours, _ in pipes]
         self._processes = [
-            spawn.Process(target=serve, args=(rank, path, theirs), daemon=True)
+            spawn.Process(target=serve, args=(rank, port, path, theirs), daemon=True)
             for rank, (_, theirs) in enumerate(pipes)
         ]
         for process in self._processes:
