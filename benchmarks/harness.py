@@ -20,6 +20,7 @@ from typing import Literal
 from dtruntime_torch.gpucheck.comparison import compare, gigabytes_per_second, in_turns
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+UNITS = {"wall": "GB/s", "cpu": "CPU s/GiB", "written": "MiB"}
 REPETITIONS = 21
 
 
@@ -34,7 +35,8 @@ class Case:
         peer_name: what the peer is, as "PyPI xxhash".
         nbytes: bytes of the work.
         goal: the ratio to reach, or None if it is only reported.
-        clock: "wall" reports GB/s (1e9 bytes), "cpu" reports CPU seconds of the process per GiB.
+        clock: "wall" reports GB/s (1e9 bytes), "cpu" reports CPU seconds of the process per GiB, "written" the bytes
+            that the work returns, in MiB.
         before: called untimed before each run of either, as to remove a file.
     """
 
@@ -44,7 +46,7 @@ class Case:
     peer_name: str
     nbytes: int
     goal: float | None = None
-    clock: Literal["wall", "cpu"] = "wall"
+    clock: Literal["wall", "cpu", "written"] = "wall"
     before: Callable[[], object] = lambda: None
 
 
@@ -59,15 +61,19 @@ def measure(case: Case, repetitions: int) -> dict[str, object]:
         What is printed: the fields of `dtruntime_torch.gpucheck.comparison.Comparison`.
     """
     works = {"ours": case.ours, "peer": case.peer}
-    seconds = in_turns(works, lambda work: _seconds(case, work), repetitions)
-    figures = gigabytes_per_second if case.clock == "wall" else _seconds_per_gib
+    taken = in_turns(works, lambda work: _take(case, work), repetitions)
+    figures = {
+        "wall": gigabytes_per_second(case.nbytes),
+        "cpu": _seconds_per_gib(case.nbytes),
+        "written": _mebibytes,
+    }
     return compare(
         case.metric,
-        seconds["ours"],
-        seconds["peer"],
+        taken["ours"],
+        taken["peer"],
         peer_name=case.peer_name,
-        unit="GB/s" if case.clock == "wall" else "CPU s/GiB",
-        figure=figures(case.nbytes),
+        unit=UNITS[case.clock],
+        figure=figures[case.clock],
         goal=case.goal,
     ).as_json()
 
@@ -108,12 +114,20 @@ def _at_least_one(text: str) -> int:
     return number
 
 
-def _seconds(case: Case, work: Callable[[], object]) -> float:
+def _take(case: Case, work: Callable[[], object]) -> float:
     case.before()
+    if case.clock == "written":
+        written = work()
+        assert isinstance(written, int)
+        return written
     now = CLOCKS[case.clock]
     start = now()
     work()
     return now() - start
+
+
+def _mebibytes(nbytes: float) -> float:
+    return nbytes / (1 << 20)
 
 
 def _seconds_per_gib(nbytes: int) -> Callable[[float], float]:

@@ -6,14 +6,16 @@ It runs train_lm.py under torchrun, each time on the same text with the same glo
   (a) on 2 ranks, without interruption and without a checkpoint;
   (b) the same with a checkpoint every few steps; all its processes get SIGKILL at a random moment;
   (c) the same command once more: it goes on from the newest checkpoint, and finishes;
-  (d) on 1 and on 4 ranks, from a copy of what (b) left behind, for a few steps.
+  (d) on 1 and on 4 ranks, from a copy of what (b) left behind, for a few steps;
+  (e) from another copy with most of the model frozen, as in fine-tuning, without interruption;
+  (f) the same with deltas, which write only what changed; all its processes get SIGKILL at a random moment;
+  (g) the same command once more.
 Then it compares, prints a table, and exits with 1 if anything that had to hold does not.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import random
@@ -28,6 +30,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from evidence import (
+    Row,
+    Run,
+    Step,
+    check_resume,
+    compare_losses,
+    compare_resized,
+    compare_samples,
+    compare_weights,
+    compare_written,
+    draw,
+    list_all,
+    ranks_in_words,
+    tell_stall,
+    verify_all,
+)
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 import dtruntime_torch as dt
@@ -45,36 +63,13 @@ class Size(NamedTuple):
     every: int
     samples: int
     extra_steps: int
+    tuning_steps: int
     batch_size: int = 16
 
 
-FULL = Size(steps=160, every=10, samples=1000, extra_steps=8)
-SHORT = Size(steps=48, every=6, samples=304, extra_steps=4)
-
-
-class Step(NamedTuple):
-    """One step of a run, over all its ranks: the samples in the global order, the loss of each rank."""
-
-    epoch: int
-    samples: tuple[int, ...]
-    losses: tuple[float, ...]
-
-
-class Run(NamedTuple):
-    """What a run recorded: steps by number, digest of each rank's final weights, and rank 0's seconds."""
-
-    steps: dict[int, Step]
-    weights: tuple[str, ...]
-    stalled: float
-    seconds: float
-
-
-class Row(NamedTuple):
-    """A line of the table; `holds` is None where it only tells."""
-
-    holds: bool | None
-    what: str
-    found: str
+FULL = Size(steps=160, every=10, samples=1000, extra_steps=8, tuning_steps=60)
+SHORT = Size(steps=48, every=6, samples=304, extra_steps=4, tuning_steps=36)
+FROZEN = ("--freeze", "layers")
 
 
 class PhaseFailed(Exception):
@@ -85,7 +80,7 @@ class Job:
     """One torchrun job, whose output goes to a file. Its processes are known by a mark in their environment."""
 
     def __init__(
-        self, folder: Path, phase: str, ranks: int, checkpoints: Path, steps: int, size: Size
+        self, folder: Path, phase: str, ranks: int, checkpoints: Path, steps: int, size: Size, *flags: str
     ) -> None:
         self.phase, self.steps, self.ranks = phase, steps, ranks
         self.record = folder / f"record-{phase}"
@@ -103,7 +98,12 @@ class Job:
         }
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
-                [*launcher, str(TRAIN), *(str(word) for option in options.items() for word in option)],
+                [
+                    *launcher,
+                    str(TRAIN),
+                    *(str(word) for option in options.items() for word in option),
+                    *flags,
+                ],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -147,11 +147,6 @@ class Job:
                     continue
             wait(self.process, TICK)
         self.process.wait()
-
-
-def ranks_in_words(ranks: int) -> str:
-    """Says how many ranks."""
-    return "1 rank" if ranks == 1 else f"{ranks} ranks"
 
 
 def wait(process: subprocess.Popen[bytes], seconds: float) -> bool:
@@ -201,15 +196,17 @@ def read_run(record: Path, ranks: int) -> Run:
     return Run(steps, weights, last["stalled"], last["seconds"])
 
 
-def moment_to_kill(checkpoints: Path, size: Size, chance: random.Random) -> Callable[[int], bool]:
-    """Returns the question whether it is time, for a moment drawn once the first checkpoint is committed."""
+def moment_to_kill(checkpoints: Path, last: int, full: bool, chance: random.Random) -> Callable[[int], bool]:
+    """Returns the question whether it is time, for a moment drawn once the first such checkpoint is committed."""
     manager = dt.CheckpointManager(checkpoints)
     moment: float | None = None
 
     def is_time(done: int) -> bool:
         nonlocal moment
-        if moment is None and manager.latest() is not None:
-            moment = chance.uniform(done, size.steps - 2 * size.every)
+        if moment is None:
+            newest = manager.latest()
+            if newest is not None and newest.full == full:
+                moment = chance.uniform(done, last)
         return moment is not None and done >= moment
 
     return is_time
@@ -222,18 +219,16 @@ def run_phases(folder: Path, size: Size, chance: random.Random) -> list[Row]:
     a = Job(folder, "a", 2, folder / "no-checkpoints", size.steps, never).finish(size.steps)
 
     job = Job(folder, "b", 2, checkpoints, size.steps, size)
-    job.watch(moment_to_kill(checkpoints, size, chance), size.steps)
-    if wait(job.process, chance.uniform(0, 0.1)):
-        raise PhaseFailed(f"(b) ended before it could be killed; see {job.output}")
-    job.kill()
-    b, newest = read_run(job.record, 2), list_all(checkpoints)[-1].step
-    copies = {ranks: shutil.copytree(checkpoints, folder / f"checkpoints-{ranks}") for ranks in (1, 4)}
+    b = kill(job, size.steps, moment_to_kill(checkpoints, size.steps - 2 * size.every, True, chance), chance)
+    newest = list_all(checkpoints)[-1].step
+    copies = {name: shutil.copytree(checkpoints, folder / f"checkpoints-{name}") for name in (1, 4, "e", "f")}
 
     c = Job(folder, "c", 2, checkpoints, size.steps, size).finish(size.steps - newest)
     d = {
         ranks: Job(folder, f"d{ranks}", ranks, copy, newest + size.extra_steps, size).finish(size.extra_steps)
-        for ranks, copy in copies.items()
+        for ranks, copy in ((1, copies[1]), (4, copies[4]))
     }
+    tuned = tune(folder, copies["e"], copies["f"], newest, size, chance)
     resumed = min(c.steps) - 1
     history = {**{number: step for number, step in b.steps.items() if number <= resumed}, **c.steps}
     return [
@@ -242,98 +237,34 @@ def run_phases(folder: Path, size: Size, chance: random.Random) -> list[Row]:
         compare_losses(a.steps, history),
         *(compare_resized(a.steps, run.steps, newest, ranks) for ranks, run in d.items()),
         check_resume(newest, b, resumed),
-        verify_all(checkpoints),
-        Row(None, "bytes written", f"{sum(info.written for info in list_all(checkpoints)):,}"),
+        *tuned,
+        verify_all(checkpoints, copies["f"]),
         tell_stall(b, c),
         Row(None, "loss of (a)", draw(a.steps, None)),
         Row(None, "loss of (b) | (c)", draw(history, resumed)),
     ]
 
 
-def compare_weights(a: Run, c: Run) -> Row:
-    """The final weights: on every rank of both runs the same bits."""
-    digests = sorted({*a.weights, *c.weights})
-    holds = len(a.weights) == len(c.weights) == 2 and len(digests) == 1
-    return Row(holds, "final weights of (c), bit for bit those of (a)", ", ".join(d[:16] for d in digests))
+def kill(job: Job, total: int, is_time: Callable[[int], bool], chance: random.Random) -> Run:
+    """Kills a job a little after it is time; returns what it had recorded by then."""
+    job.watch(is_time, total)
+    if wait(job.process, chance.uniform(0, 0.1)):
+        raise PhaseFailed(f"({job.phase}) ended before it could be killed; see {job.output}")
+    job.kill()
+    return read_run(job.record, job.ranks)
 
 
-def compare_samples(a: dict[int, Step], history: dict[int, Step], n: int) -> Row:
-    """The samples of (b) up to the checkpoint and of (c): in (a)'s order, and each once in its epoch."""
-    epochs: dict[int, list[int]] = {}
-    for step in history.values():
-        epochs.setdefault(step.epoch, []).extend(step.samples)
-    *whole, last = epochs.values()
-    once = all(sorted(epoch) == list(range(n)) for epoch in whole) and len({*last}) == len(last)
-    differs = first_difference(a, history, "epoch", "samples")
-    found = f"{sum(map(len, epochs.values())):,} in {len(history)} steps, {len(epochs)} epochs of {n:,}"
-    return Row(once and not differs, "samples of (b)+(c): each once, in the order of (a)", differs or found)
-
-
-def compare_losses(a: dict[int, Step], history: dict[int, Step]) -> Row:
-    """The loss of each step on each rank, dropout included."""
-    differs = first_difference(a, history, "losses")
-    return Row(
-        not differs, "losses of (b)+(c), bit for bit those of (a)", differs or f"{len(a)} steps on 2 ranks"
-    )
-
-
-def compare_resized(a: dict[int, Step], d: dict[int, Step], newest: int, ranks: int) -> Row:
-    """The samples of a few steps on another number of ranks."""
-    wanted = {number: step for number, step in a.items() if newest < number <= max(d)}
-    differs = first_difference(wanted, d, "epoch", "samples")
-    found = f"{sum(len(step.samples) for step in d.values()):,} in steps {min(d)} to {max(d)}"
-    what = f"samples of (d) on {ranks_in_words(ranks)}: in the order of (a)"
-    return Row(not differs, what, differs or found)
-
-
-def first_difference(wanted: dict[int, Step], found: dict[int, Step], *fields: str) -> str:
-    """Says at which step two runs begin to differ in these fields; nothing if they do not."""
-    for number in sorted({*wanted, *found}):
-        steps = wanted.get(number), found.get(number)
-        if None in steps or any(len({getattr(step, field) for step in steps}) > 1 for field in fields):
-            return f"first differs at step {number}"
-    return ""
-
-
-def check_resume(newest: int, b: Run, resumed: int) -> Row:
-    """(c) went on from the newest checkpoint that the kill left behind."""
-    killed = max(b.steps)
-    found = f"killed behind step {killed}, went on behind step {resumed}: {killed - resumed} steps done again"
-    return Row(resumed == newest, "resumed from the newest checkpoint", found)
-
-
-def list_all(checkpoints: Path) -> list[dt.CheckpointInfo]:
-    """Describes all checkpoints of a folder, oldest first."""
-    with dt.CheckpointManager(checkpoints) as manager:
-        return manager.list()
-
-
-def verify_all(checkpoints: Path) -> Row:
-    """Every byte of every checkpoint, against its digests."""
-    with dt.CheckpointManager(checkpoints) as manager:
-        reports = [manager.verify(info.step) for info in manager.list()]
-    damage = "; ".join(str(damage) for report in reports for damage in report.damage)
-    found = f"{sum(report.chunks for report in reports):,} in {len(reports)} checkpoints"
-    return Row(bool(reports) and all(report.ok for report in reports), "digests verified", damage or found)
-
-
-def tell_stall(b: Run, c: Run) -> Row:
-    """How long the loop stood still for saving."""
-    stalled, seconds = b.stalled + c.stalled, b.seconds + c.seconds
-    found = f"{stalled:.2f} of {seconds:.1f} s, {stalled / seconds:.1%}"
-    return Row(None, "the loop of (b)+(c) stalled by saving", found)
-
-
-def draw(steps: dict[int, Step], resumed: int | None, columns: int = 40) -> str:
-    """Draws the loss of rank 0 between its first and its last value, with a bar where the run was resumed."""
-    losses = [step.losses[0] for step in steps.values()]
-    edges = [len(losses) * column // columns for column in range(columns + 1)]
-    means = [sum(losses[i:j]) / (j - i) for i, j in itertools.pairwise(edges)]
-    low, high = min(means), max(means)
-    line = ["▁▂▃▄▅▆▇█"[int(7.99 * (mean - low) / (high - low or 1))] for mean in means]
-    if resumed is not None:
-        line.insert(resumed * columns // len(losses), "|")
-    return f"{losses[0]:.2f} {''.join(line)} {losses[-1]:.2f}"
+def tune(
+    folder: Path, whole: Path, deltas: Path, newest: int, size: Size, chance: random.Random
+) -> list[Row]:
+    """Phases (e) to (g): most of the model is frozen, so that a delta has little to write."""
+    steps = newest + size.tuning_steps
+    e = Job(folder, "e", 2, whole, steps, size, *FROZEN).finish(size.tuning_steps)
+    is_time = moment_to_kill(deltas, size.tuning_steps - 2 * size.every, False, chance)
+    kill(Job(folder, "f", 2, deltas, steps, size, *FROZEN, "--delta"), size.tuning_steps, is_time, chance)
+    left = steps - list_all(deltas)[-1].step
+    g = Job(folder, "g", 2, deltas, steps, size, *FROZEN, "--delta").finish(left)
+    return [compare_weights(e, g, "(g)", "(e)"), compare_written(list_all(deltas))]
 
 
 def main() -> int:

@@ -109,6 +109,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=50, help="steps from save to save [%(default)s]")
     parser.add_argument("--workers", type=int, default=1, help="loader processes of a rank [%(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="[%(default)s]")
+    parser.add_argument("--freeze", metavar="PREFIX", help="do not train the parameters whose names begin so")
+    parser.add_argument("--delta", action="store_true", help="write only what changed since the last save")
     parser.add_argument("--record", type=Path, help="folder for a file per rank with a JSON line per step")
     return parser.parse_args()
 
@@ -158,12 +160,14 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     model = LanguageModel().to(device)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(args.freeze is None or not name.startswith(args.freeze))
     torch.manual_seed(args.seed + rank)  # the same weights on each rank, but another dropout
     trained = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate)
 
-    manager = dt.CheckpointManager(args.checkpoints)
+    manager = dt.CheckpointManager(args.checkpoints, delta=args.delta)
     hook = dt.CheckpointHook(
         manager,
         model=model,

@@ -48,7 +48,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "checkpoint.targets",
     ),
     (
-        "checkpoint.assembly checkpoint.chunk_table checkpoint.commit checkpoint.prune_plan checkpoint.shard_file checkpoint.verify",
+        "checkpoint.assembly checkpoint.chunk_table checkpoint.commit checkpoint.diff checkpoint.prune_plan checkpoint.shard_file checkpoint.verify",
         "checkpoint.contents checkpoint.device checkpoint.prune checkpoint.sweep",
         "checkpoint.removals checkpoint.sources",
         "checkpoint.cleaning checkpoint.device_work",

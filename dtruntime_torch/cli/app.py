@@ -8,6 +8,7 @@ from typing import ParamSpec
 
 import typer
 
+from dtruntime_torch.cli.diff import diff
 from dtruntime_torch.cli.drop import drop
 from dtruntime_torch.cli.ls import ls
 from dtruntime_torch.cli.prune import prune
@@ -31,12 +32,13 @@ def _with_errors_in_one_line(command: Callable[P, None]) -> Callable[P, None]:
 
 
 app = typer.Typer(
-    help="Shows checkpoints, checks them and deletes them.",
+    help="Shows checkpoints, checks, compares and deletes them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command()(_with_errors_in_one_line(ls))
 app.command()(_with_errors_in_one_line(verify))
+app.command()(_with_errors_in_one_line(diff))
 app.command()(_with_errors_in_one_line(prune))
 app.command()(_with_errors_in_one_line(drop))

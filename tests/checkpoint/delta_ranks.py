@@ -92,10 +92,10 @@ def check_step(backend: StorageBackend, states: Sequence[Tensors], step: int) ->
         assert isinstance(result, CheckpointInfo) and result.step == step, result
     for found, state in zip(fresh, states, strict=True):
         check_equal(found, state)
-    whole, _ = restore.load_fresh(backend, "model", step, 0)
+    whole = restore.load_fresh(backend, "model", step, 0)
     assert isinstance(whole, dict) and whole["step"] == step
-    for rank, state in enumerate(states):
-        check_equal({name: whole[name] for name in state}, state, skip=() if rank == 0 else ("seed",))
+    for number, state in enumerate(states):
+        check_equal({name: whole[name] for name in state}, state, skip=() if number == 0 else ("seed",))
 
 
 def check_equal(found: Mapping[str, object], expected: Tensors, skip: Sequence[str] = ()) -> None:

@@ -39,7 +39,7 @@ class LoggingBackend(MemoryBackend):
         self.under_way = 0
         self.most_under_way = 0
 
-    async def read_range(self, path: str, offset: int, length: int):
+    async def read_range(self, path, offset, length, *, into=None):
         self.lengths.append(length)
         self.under_way += 1
         self.most_under_way = max(self.most_under_way, self.under_way)

@@ -123,7 +123,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, what: str, nth: int) -> None:
 
     class Native:
         class Arena:
-            def __new__(cls, nbytes: int, **options: object) -> _C.Arena:
+            def __new__(cls, nbytes, **options):
                 cls.meet("make")
                 return _C.Arena(nbytes, **options)
 

@@ -65,7 +65,7 @@ def assert_identical(actual: object, expected: object) -> None:
         assert actual == expected
 
 
-ENCODED = [
+ENCODED: list[tuple[object, str]] = [
     (None, "null"),
     (True, "true"),
     (2**53 - 1, "9007199254740991"),

@@ -35,7 +35,9 @@ def torchrun(
     return done.stdout
 
 
-def separately(scenario: str, folder: Path, ranks: int, *, timeout: float = 180) -> list[tuple[int, str]]:
+def separately(
+    scenario: str, folder: Path, ranks: int, *, timeout: float = 180, program: Path = SCENARIOS
+) -> list[tuple[int, str]]:
     """Runs it as processes that nobody supervises, so that one may die and the others go on.
 
     Returns:
@@ -44,7 +46,7 @@ def separately(scenario: str, folder: Path, ranks: int, *, timeout: float = 180)
     store = folder / "store"
     processes = [
         subprocess.Popen(
-            [sys.executable, str(SCENARIOS), scenario, str(folder)],
+            [sys.executable, str(program), scenario, str(folder)],
             env={
                 **os.environ,
                 "OMP_NUM_THREADS": "1",

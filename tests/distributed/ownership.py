@@ -310,7 +310,7 @@ def no_save_has_a_collective(folder: Path) -> None:
             manager.prepare({"small": torch.ones(1)})
             for step in (1, 2):
                 manager.save(state, step)
-                plain["trunk"].bias.data += 1
+                plain.get_parameter("trunk.bias").data += 1
             manager.save({"small": torch.ones(1)}, 3)
     before = collectives_so_far()
     gathered(model, optimizer)

@@ -239,7 +239,7 @@ def fsdp_deltas(folder: Path) -> None:
     state = {"model": model, "optimizer": optimizer}
     with dt.CheckpointManager(folder, delta=dt.DeltaPolicy(max_changed=1.0), keep_last_n=2) as manager:
         full = manager.save(state, 2)
-        model[0].requires_grad_(False)
+        model.get_submodule("0").requires_grad_(False)
         for step in (3, 4, 5):
             train(model, optimizer, 1)
             info = manager.save(state, step)

@@ -15,7 +15,7 @@ SCENARIOS = Path(__file__).with_name("load_scenarios.py")
 
 
 def run(scenario: str, folder: Path, ranks: int) -> None:
-    torchrun(scenario, folder, ranks, scenarios=SCENARIOS)
+    torchrun(scenario, folder, ranks, program=SCENARIOS)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +48,6 @@ def test_parts_of_the_state_are_the_same_on_all_ranks(tmp_path):
 
 
 def test_a_rank_that_dies_while_memory_is_shared_leaves_none(tmp_path):
-    (status, output), (died, _) = separately("dies_while_sharing", tmp_path, 2, scenarios=SCENARIOS)
+    (status, output), (died, _) = separately("dies_while_sharing", tmp_path, 2, program=SCENARIOS)
     assert died == 137
     assert status == 0, output
