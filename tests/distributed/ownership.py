@@ -272,7 +272,7 @@ def shards_go_from_four_ranks_to_two_to_three(folder: Path) -> None:
 def collectives_so_far() -> int:
     """How many there were in all process groups of this rank, by the numbers that their backends give them."""
     return sum(
-        group._get_backend(torch.device("cpu"))._get_sequence_number_for_group()
+        group._get_backend(torch.device("cpu"))._get_sequence_number_for_group()  # type: ignore[attr-defined]
         for group in dist.distributed_c10d._world.pg_map
         if dist.get_rank(group) >= 0
     )
