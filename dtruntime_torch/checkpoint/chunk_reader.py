@@ -1,4 +1,4 @@
-"""Bytes off storage, each chunk checked before anybody sees it.
+"""Whether bytes on storage are those that were committed, and if not, exactly which are not.
 
 Two requests are under way at a time, so that one is digested while the next arrives, and checking a checkpoint
 of any size takes the memory of two.
@@ -7,7 +7,7 @@ of any size takes the memory of two.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 from typing_extensions import Buffer
@@ -23,32 +23,30 @@ from dtruntime_torch.storage.sync import in_thread
 REQUESTS_AT_A_TIME = 2
 
 
-async def read_entries(
+async def check_entries(
     backend: StorageBackend,
     name: str,
     part: Part,
-    wanted: Mapping[int, memoryview | None],
+    wanted: Iterable[int],
     on_bytes: Callable[[int], object] | None = None,
 ) -> list[Damage]:
-    """Reads tensors of a part and checks every chunk of them, and the header of every file that they are in.
+    """Checks every chunk of tensors of a part, and the header of every file that they are in.
 
     Args:
         backend: where the checkpoint lies.
         name: of the checkpoint.
         part: describes the tensors.
-        wanted: position among the part's tensors -> where to put its bytes, in their order (writable,
-            C-contiguous, `nbytes` long); None only checks them.
+        wanted: positions among the part's tensors.
         on_bytes: called with the number of bytes of tensors that were just checked.
 
     Returns:
-        All damage, by file and position; a file that is missing or has another length is damage too. The bytes
-        of damaged chunks are not put anywhere.
+        All damage, by file and position; a file that is missing or has another length is damage too.
 
     Raises:
         StorageError: the storage failed otherwise; nothing is known of the bytes.
     """
     pieces = pieces_by_file(part, wanted)
-    return await _Reader(backend, name, part, wanted, on_bytes).read_files(pieces)
+    return await _Reader(backend, name, part, on_bytes).read_files(pieces)
 
 
 async def check_part(
@@ -56,29 +54,26 @@ async def check_part(
 ) -> list[Damage]:
     """Checks every tensor of a part, and every file that it names, be there tensors in it or not.
 
-    The arguments, the result and the errors are those of `read_entries`.
+    The arguments, the result and the errors are those of `check_entries`.
     """
-    nothing: dict[int, memoryview | None] = dict.fromkeys(range(len(part.tensors)))
-    pieces = pieces_by_file(part, nothing)
+    pieces = pieces_by_file(part, range(len(part.tensors)))
     of_files = {file: pieces.get(file, []) for file in range(len(part.files))}
-    return await _Reader(backend, name, part, nothing, on_bytes).read_files(of_files)
+    return await _Reader(backend, name, part, on_bytes).read_files(of_files)
 
 
 class _Reader:
-    """One call of `read_entries`."""
+    """One call of `check_entries` or `check_part`."""
 
     def __init__(
         self,
         backend: StorageBackend,
         name: str,
         part: Part,
-        wanted: Mapping[int, memoryview | None],
         on_bytes: Callable[[int], object] | None,
     ) -> None:
         self._backend = backend
         self._name = name
         self._part = part
-        self._wanted = wanted
         self._on_bytes = on_bytes or (lambda _: None)
         self._gate = asyncio.Semaphore(REQUESTS_AT_A_TIME)
 
@@ -108,27 +103,24 @@ class _Reader:
             data = await self._read_range(known, request.offset, request.length)
             if data is None:
                 return self._lose(known, request.pieces)
-            damage = await in_thread(partial(self._check_and_copy, request, memoryview(data).cast("B")))
+            damage = await in_thread(partial(self._check, request, memoryview(data).cast("B")))
         self._on_bytes(sum(piece.length for piece in request.pieces))
         return damage
 
-    def _check_and_copy(self, request: Request, data: memoryview) -> list[Damage]:
+    def _check(self, request: Request, data: memoryview) -> list[Damage]:
         pieces, chunk_bytes = request.pieces, self._part.chunk_bytes
         places = [piece.offset - request.offset for piece in pieces]
         found = _C.digest_ranges(data, places, [piece.length for piece in pieces], chunk_bytes)
         damage: list[Damage] = []
         done = 0
-        for piece, place in zip(pieces, places, strict=True):
-            entry, target = self._part.tensors[piece.entry], self._wanted[piece.entry]
+        for piece in pieces:
+            entry = self._part.tensors[piece.entry]
             first = piece.start // chunk_bytes * DIGEST_BYTES
             size = digest_length(piece.length, chunk_bytes)
             expected, actual = entry.digests[first : first + size], found[done : done + size]
             done += size
             if expected != actual:
                 damage += self._damaged_chunks(request.file, piece, expected, actual)
-            if target is not None:
-                source = data[place : place + piece.length]
-                _copy_sound(source, target.cast("B"), piece.start, expected, actual, chunk_bytes)
         return damage
 
     def _damaged_chunks(self, file: int, piece: Piece, expected: bytes, actual: bytes) -> Iterator[Damage]:
@@ -189,20 +181,6 @@ class _Reader:
 
     def _path(self, known: FileRef) -> str:
         return f"{self._name}/{known.path}"
-
-
-def _copy_sound(
-    source: memoryview, target: memoryview, start: int, expected: bytes, actual: bytes, chunk_bytes: int
-) -> None:
-    """Copies the chunks of a piece whose digests agree to where the piece starts in the tensor."""
-    if expected == actual:
-        target[start : start + len(source)] = source
-        return
-    for number, at in enumerate(range(0, len(expected), DIGEST_BYTES)):
-        if expected[at : at + DIGEST_BYTES] == actual[at : at + DIGEST_BYTES]:
-            chunk = source[number * chunk_bytes : (number + 1) * chunk_bytes]
-            begin = start + number * chunk_bytes
-            target[begin : begin + len(chunk)] = chunk
 
 
 async def _all(calls: Sequence[Coroutine[None, None, list[Damage]]]) -> list[list[Damage]]:

@@ -84,7 +84,7 @@ class Cleaner:
             answered: no create of it can take effect any more.
             seconds: after these the rest is left for later.
         """
-        if answered:
+        if answered and self._policy.keep_last_n is not None:
             self._answered.add(key)
         await self._quietly(self._retain, key.generation, seconds)
 

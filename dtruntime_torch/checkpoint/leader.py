@@ -81,6 +81,9 @@ class Leader:
         else:
             run_sync(commit.check_not_replaced(self._backend, name, lineage.generation))
         key = CommitKey(lineage.generation, step)
+        # Steps that are decided are not saved again in this generation.
+        undecided = (tried for tried in self._tries if tried > CommitKey(key.generation, lineage.last_step))
+        self._tries = Counter({tried: self._tries[tried] for tried in undecided})
         # Not into what another run left where this one writes: stock readers take all that lies in a folder.
         last = max(self._tries[key], run_sync(catalog.last_try(self._backend, name, key)))
         self._tries[key] = last + 1

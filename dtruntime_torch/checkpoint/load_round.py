@@ -55,6 +55,7 @@ class LoadRound:
 
     Attributes:
         error: what went wrong on this rank.
+        memory: of each rank of the node, for what more than one of them needs; None or empty where nothing is shared.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class LoadRound:
         self._staged = Staged()
         self._ranks: tuple[int, ...] = (rank,)
         self.error: Exception | None = None
+        self.memory: dict[int, _C.Arena] | None = None
 
     @property
     def contents(self) -> Contents:
@@ -129,18 +131,14 @@ class LoadRound:
                 return self._ranks, place(self._shares.common[position]).nbytes
         return (), 0
 
-    def read(self, memory: dict[int, _C.Arena] | None) -> Report:
-        """Reads this rank's share, straight into the memory of the node, and what only this rank needs.
-
-        Args:
-            memory: of each rank of the node; None where nothing is shared.
-        """
+    def read(self) -> Report:
+        """Reads this rank's share, straight into the memory of the node, and what only this rank needs."""
 
         def read() -> Report:
             contents, shares, ranks = self.contents, self._shares, self._ranks
-            if memory is None or shares is None:
+            if self.memory is None or shares is None:
                 shares, ranks = divide([contents.needs], contents.parts), (self._rank,)
-            common = [memory[rank] for rank in ranks] if memory else []
+            common = [self.memory[rank] for rank in ranks] if self.memory else []
             staged = run_sync(read_shares(self._backend, contents, shares, ranks.index(self._rank), common))
             self._staged = staged
             return {"kind": "sound"}
@@ -167,6 +165,10 @@ class LoadRound:
             self.error = error
             return errors.to_record(error)["message"]
         return ""
+
+    def release(self) -> None:
+        """Lets go of what was read."""
+        self.memory, self._staged, self._tensors, self._values = None, Staged(), {}, {}
 
     def _report(self, step: Callable[[], Report]) -> Report:
         try:

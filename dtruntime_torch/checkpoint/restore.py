@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from dtruntime_torch import errors
 from dtruntime_torch.barrier import declining
@@ -97,9 +97,9 @@ def load(
     """
 
     def attempt(number: int, rejected: set[CommitKey], notes: list[str]) -> Loaded | None:
-        load = _Load(backend, name, members, f"{key}/{number}")
+        one = _Load(backend, name, members, f"{key}/{number}")
         try:
-            return load.try_one(state, (step, keys, strict), rejected, notes)
+            return one.try_one(state, (step, keys, strict), rejected, notes)
         except _Damaged as damaged:
             _reject(damaged, step, rejected, notes)
             return None
@@ -198,19 +198,32 @@ class _Load:
         )
         if not self._goes_on(agreed, commit, this):
             return None
-        memory = None
-        if agreed["nodes"]:
-            ranks, nbytes = this.divide(agreed["nodes"])
-            tag = f"dtruntime-{self._members.run_id}-{self._key.replace('/', '-')}"
-            memory = share_memory(self._barrier, self._key, tag, ranks, nbytes)
-        for stage, step in (("read", lambda: this.read(memory)), ("check", this.check)):
-            if not self._goes_on(self._meet(stage, step, judge), commit, this):
+        try:
+            if not self._read_together(this, agreed["nodes"], commit, judge):
                 return None
-        self._fill_together(this)
+            self._fill_together(this)
+        finally:
+            # An error that is kept keeps this frame.
+            this.release()
         info = LoadedCheckpoint.from_load(
             this.contents.manifest, commit.manifest_sha256, agreed["missing"], agreed["unexpected"]
         )
         return Loaded(info, CommitKey(*newest))
+
+    def _read_together(
+        self,
+        this: LoadRound,
+        nodes: Sequence[dict[str, Any]],
+        commit: Commit,
+        judge: Callable[[Sequence[Report]], Verdict],
+    ) -> bool:
+        """Reads and checks all that any rank needs; False if another commit has to be tried."""
+        if nodes:
+            ranks, nbytes = this.divide(nodes)
+            tag = f"dtruntime-{self._members.run_id}-{self._key.replace('/', '-')}"
+            this.memory = share_memory(self._barrier, self._key, tag, ranks, nbytes)
+        stages: tuple[tuple[str, Callable[[], Report]], ...] = (("read", this.read), ("check", this.check))
+        return all(self._goes_on(self._meet(stage, step, judge), commit, this) for stage, step in stages)
 
     def _meet(
         self, stage: str, step: Callable[[], Report], judge: Callable[[Sequence[Report]], Verdict]

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from dtruntime_torch import _C
 from dtruntime_torch.checkpoint.chunk_needs import Run
-from dtruntime_torch.checkpoint.chunk_reader import read_entries
+from dtruntime_torch.checkpoint.chunk_reader import check_entries
 from dtruntime_torch.checkpoint.format.records import FileRef, Part
 from dtruntime_torch.checkpoint.placement import Fetch, Placement
 from dtruntime_torch.checkpoint.specs import DIGEST_BYTES, digest_length
@@ -46,7 +46,7 @@ async def read_share(
         headers: paths of files whose headers to check too.
 
     Returns:
-        All damage, as `chunk_reader.read_entries` gives it.
+        All damage, as `chunk_reader.check_entries` gives it.
 
     Raises:
         StorageError: the storage failed otherwise; nothing is known of the bytes.
@@ -99,8 +99,8 @@ async def explain(
     """
     damage: list[Damage] = []
     for rank in sorted({run.part for run in runs if run.path in suspects}):
-        entries = dict.fromkeys(run.entry for run in runs if run.part == rank and run.path in suspects)
-        damage += await read_entries(backend, name, parts[rank], entries)
+        entries = sorted({run.entry for run in runs if run.part == rank and run.path in suspects})
+        damage += await check_entries(backend, name, parts[rank], entries)
     for path, error in suspects.items():
         if not any(found.file == f"{name}/{path}" for found in damage):
             raise error

@@ -29,6 +29,11 @@ class Mortal(FaultyBackend):
         self._count_lock = threading.Lock()
         self.when("*", "*", self._meet, nth=None)
 
+    def die_at(self, at: int, after: bool) -> None:
+        """It will die at that call, counted from now."""
+        with self._count_lock:
+            self._at, self._after, self._count = at, after, 0
+
     async def _meet(self, call: Call) -> object:
         with self._count_lock:
             self._count += 1

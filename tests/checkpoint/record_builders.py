@@ -193,17 +193,16 @@ def plain_values(hashable: bool = False) -> st.SearchStrategy[object]:
         | st.complex_numbers(allow_nan=False)
     )
     keys = st.recursive(
-        scalars,
-        lambda inner: st.lists(inner, max_size=3).map(tuple) | st.frozensets(inner, max_size=3),
+        scalars | st.frozensets(scalars, max_size=3),
+        lambda inner: st.lists(inner, max_size=3).map(tuple),
         max_leaves=4,
     )
     if hashable:
         return keys
     return st.recursive(
-        scalars,
+        scalars | st.sets(keys, max_size=4),
         lambda inner: st.lists(inner, max_size=4)
         | st.lists(inner, max_size=4).map(tuple)
-        | st.sets(keys, max_size=4)
         | st.dictionaries(keys, inner, max_size=4),
         max_leaves=12,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import multiprocessing
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -274,6 +275,24 @@ def test_another_job_that_takes_over_between_two_tries_is_a_conflict():
     results = start_all(ranks, states, 2)
     assert taken[0].generation == 2
     assert all(isinstance(result, CommitConflict) for result in results), results
+
+
+def test_a_disk_that_was_full_gets_the_right_delta_once_there_is_room(mount):
+    disk = mount("size=4m")
+    state = {"w": torch.zeros(1 << 20, dtype=torch.uint8)}
+    with delta_manager(disk / "checkpoints") as manager:
+        manager.save(state, 1)
+        ballast = disk / "ballast"
+        ballast.write_bytes(bytes(shutil.disk_usage(disk).free - 20 * CHUNK))
+        state["w"][: 100 * CHUNK] = 2
+        with pytest.raises(SaveFailed, match="The disk is full"):
+            manager.save(state, 2)
+        ballast.unlink()
+        state["w"][-1] = 3
+        info = manager.save(state, 3)
+        assert not info.full and info.written == 64 + 101 * CHUNK
+        found = manager.load_checkpoint()
+    assert isinstance(found, dict) and torch.equal(found["w"], state["w"])
 
 
 def delta_manager(backend):

@@ -28,13 +28,16 @@ class Rank:
         rank: int,
         ranks: int,
         timeout: float,
+        chunk_bytes: int = 4096,
         **policies: object,
     ) -> None:
         barrier = Barrier(PrefixStore("run", store), rank, ranks, timeout)
         self.backend = backend
         self.members = Membership(barrier, rank, ranks, RUN_ID)
         self.lineage = Lineage()
-        self.saver = Saver(backend, "model", self.members, self.lineage, 4096, **policies)  # type: ignore[arg-type]
+        self.saver = Saver(
+            backend, "model", self.members, self.lineage, chunk_bytes, **policies  # type: ignore[arg-type]
+        )
         self.loads = 0
 
     def save(self, state: object, step: object, metadata: object = None) -> CheckpointInfo:
@@ -62,7 +65,7 @@ def make_ranks(
         ranks: how many.
         backends: one for all, or one for each.
         timeout: of their barriers.
-        policies: of their savers: `delta`, `retry`.
+        policies: of their savers: `chunk_bytes`, `delta`, `policy`, `retry`.
     """
     store = HashStore()
     each = backends if isinstance(backends, Sequence) else [backends] * ranks

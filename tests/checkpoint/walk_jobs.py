@@ -79,7 +79,7 @@ def save(code: Code, step: int, delta: bool = False, sweeps: bool = False, retai
 async def load_base(backend: Scheduled) -> Base | None:
     """What another incarnation committed, to save against; the format allows it, managers do not do it yet."""
     try:
-        commit, _ = await catalog.pick(backend, NAME, None, set())  # type: ignore[arg-type]
+        commit, _ = await catalog.pick(backend, NAME, None, set(), [])  # type: ignore[arg-type]
         manifest = await catalog.read_manifest(backend, commit)  # type: ignore[arg-type]
         part = await catalog.read_part(backend, manifest, 0)  # type: ignore[arg-type]
     except (CheckpointNotFound, CorruptCheckpoint):

@@ -146,7 +146,7 @@ def _step_from(value: Json) -> PathKey:
     decoded = objects.decode(key, "a key of a path")
     try:
         hash(decoded)
-    except TypeError:
+    except (TypeError, ValueError):
         raise Refused(f"a {type(decoded).__qualname__} in a path cannot be a dict's key") from None
     return PathKey(container, decoded)
 

@@ -218,15 +218,17 @@ def _children(node: Node) -> Iterator[Node]:
 
 
 def _check_key(key: object, where: str) -> None:
-    objects.encode(key, where)
-    if _holds_frozenset(key):
+    """A key becomes part of names, which must be the same in every process, and be read without torch or a codec."""
+    if not _is_plain(key):
         raise UnsupportedType(
-            f"{where}: a frozenset gives no name to a tensor, since its members have another order in each process"
+            f"{where}: a {type(key).__qualname__} gives no name to a tensor; use a str, a number, bytes or a tuple of "
+            f"those as the key"
         )
+    objects.encode(key, where)
 
 
-def _holds_frozenset(key: object) -> bool:
-    return type(key) is frozenset or (isinstance(key, tuple) and any(map(_holds_frozenset, key)))
+def _is_plain(key: object) -> bool:
+    return type(key) in _COMMON_LEAVES | {complex} or (type(key) is tuple and all(map(_is_plain, key)))
 
 
 def _setter(container: Any, key: Any, fqn: str) -> Replace:

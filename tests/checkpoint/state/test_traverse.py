@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
 from dtruntime_torch.checkpoint.specs import PathKey
+from dtruntime_torch.checkpoint.state.codecs import register_codecs
 from dtruntime_torch.checkpoint.state.traverse import PerRank, nodes
 from dtruntime_torch.errors import InvalidArgument, UnsupportedType
+
+register_codecs()
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.text(max_size=3)
 TENSORS = st.builds(torch.zeros, st.integers(0, 3))
@@ -191,9 +194,13 @@ def test_a_key_that_cannot_be_stored_is_refused():
         list(nodes({"a": {"b": {object(): torch.ones(1)}}}))
 
 
-@pytest.mark.parametrize("key", [frozenset("ab"), (1, frozenset("ab"))], ids=["itself", "in a tuple"])
-def test_a_frozenset_gives_no_name_to_a_tensor(key):
-    with pytest.raises(UnsupportedType, match=r"^a, a key of it: a frozenset gives no name"):
+@pytest.mark.parametrize(
+    "key",
+    [frozenset("ab"), (1, frozenset("ab")), np.int64(1), torch.float32, torch.Size([1])],
+    ids=lambda key: type(key).__name__,
+)
+def test_only_plain_keys_give_names_to_tensors(key):
+    with pytest.raises(UnsupportedType, match=r"^a, a key of it: a \w+ gives no name"):
         list(nodes({"a": {key: torch.ones(1)}}))
     assert names({"a": {key: 1}}) == ["a"]
 
