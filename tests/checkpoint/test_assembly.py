@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dtruntime_torch import _C
 from dtruntime_torch.checkpoint.assembly import Assembled, Staged
-from dtruntime_torch.checkpoint.chunk_needs import needs_of, runs_of
+from dtruntime_torch.checkpoint.chunk_needs import Run, needs_of, runs_of
 from dtruntime_torch.checkpoint.format.records import Part
 from dtruntime_torch.checkpoint.load_plan import index_parts, make_load_plan
 from dtruntime_torch.checkpoint.node_shares import divide
@@ -100,3 +100,12 @@ def test_what_is_put_together_is_not_kept() -> None:
     plan = make_load_plan(index_parts(parts, 0), parts, [spec])
     found = Assembled(plan, [spec], parts, stage(parts, needs, {"t0": np.zeros(640, np.uint8)}, ranks=2))
     assert found["t0"] is not found["t0"] and list(found) == ["t0"] and len(found) == 1
+
+
+def test_neighbours_in_memory_that_are_none_in_the_shard_are_not_joined() -> None:
+    memory = memoryview(_C.Arena(128))
+    memory[:] = b"a" * 64 + b"b" * 64
+    staged = Staged()
+    staged.add([(Run(0, 0, 128, 64, "f", 128), 64), (Run(0, 0, 0, 64, "f", 64), 0)], memory)
+    found = bytes(staged.range(0, 0, 0, 192, 1))
+    assert (found[:64], found[128:]) == (b"a" * 64, b"b" * 64)
