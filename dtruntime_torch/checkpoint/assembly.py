@@ -6,7 +6,7 @@ A shard that was stored as it is wanted is no copy: its tensor is that memory.
 from __future__ import annotations
 
 from bisect import bisect_right, insort
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -73,10 +73,11 @@ def _row_from(pieces: Sequence[_Piece], first: int, stop: int) -> _Piece:
     return found
 
 
-def assemble(
-    plan: LoadPlan, specs: Sequence[TensorSpec], parts: Mapping[int, Part], staged: Staged
-) -> dict[str, torch.Tensor]:
-    """Makes the wanted shards: fqn -> tensor on the host, contiguous.
+class Assembled(Mapping[str, torch.Tensor]):
+    """The wanted shards: fqn -> tensor on the host, contiguous.
+
+    Put together when it is asked for, and not kept, so that there is never more than one beside what was staged. Who
+    wants to keep them makes a dict of it.
 
     Args:
         plan: the boxes of which they consist.
@@ -84,10 +85,25 @@ def assemble(
         parts: rank that saved -> its part.
         staged: holds all chunks that the plan needs.
     """
-    boxes: dict[str, list[ReadItem]] = {spec.fqn: [] for spec in specs}
-    for item in plan.items:
-        boxes[item.wanted.fqn].append(item)
-    return {spec.fqn: _assemble(spec, boxes[spec.fqn], parts, staged) for spec in specs}
+
+    def __init__(
+        self, plan: LoadPlan, specs: Sequence[TensorSpec], parts: Mapping[int, Part], staged: Staged
+    ) -> None:
+        self._specs = {spec.fqn: spec for spec in specs}
+        self._boxes: dict[str, list[ReadItem]] = {fqn: [] for fqn in self._specs}
+        for item in plan.items:
+            self._boxes[item.wanted.fqn].append(item)
+        self._parts = parts
+        self._staged = staged
+
+    def __getitem__(self, fqn: str) -> torch.Tensor:
+        return _assemble(self._specs[fqn], self._boxes[fqn], self._parts, self._staged)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._specs)
+
+    def __len__(self) -> int:
+        return len(self._specs)
 
 
 def _assemble(

@@ -14,7 +14,7 @@ import torch
 
 from dtruntime_torch import _C
 from dtruntime_torch.checkpoint import catalog, objects
-from dtruntime_torch.checkpoint.assembly import Staged, assemble
+from dtruntime_torch.checkpoint.assembly import Assembled, Staged
 from dtruntime_torch.checkpoint.chunk_needs import Needs, needs_of, runs_of
 from dtruntime_torch.checkpoint.load_plan import SavedState, index_parts, make_load_plan
 from dtruntime_torch.checkpoint.manifest import Commit, Manifest, Part
@@ -51,9 +51,9 @@ class Contents:
         """The wanted objects: fqn -> value."""
         return {fqn: objects.decode(self.saved.objects[fqn].value, where=fqn) for fqn in self.wanted.objects}
 
-    def tensors(self, staged: Staged) -> dict[str, torch.Tensor]:
+    def tensors(self, staged: Staged) -> Assembled:
         """The wanted shards, on the host, where possible on the memory that they were read into."""
-        return assemble(self.plan, self.wanted.tensors, self.parts, staged)
+        return Assembled(self.plan, self.wanted.tensors, self.parts, staged)
 
 
 async def survey_contents(

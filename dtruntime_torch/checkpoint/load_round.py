@@ -6,7 +6,7 @@ Each step but the last ends in a report to the leader; whatever goes wrong becom
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -68,7 +68,7 @@ class LoadRound:
         self._asked = asked
         self._targets: Targets | None = None
         self._contents: Contents | None = None
-        self._tensors: dict[str, torch.Tensor] = {}
+        self._tensors: Mapping[str, torch.Tensor] = {}
         self._values: dict[str, object] = {}
         self._shares: Shares | None = None
         self._staged = Staged()
@@ -146,7 +146,7 @@ class LoadRound:
         return self._report(read)
 
     def check(self) -> Report:
-        """Puts the wanted tensors together and asks the targets whether they take them; all has to be there."""
+        """Asks the targets whether they take what was read; all of it has to be there."""
 
         def check() -> Report:
             assert self._targets is not None

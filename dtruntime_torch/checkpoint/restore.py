@@ -126,7 +126,7 @@ def load_fresh(
             if contents.wanted.differences:
                 lines = "; ".join(contents.wanted.differences)
                 raise CheckpointMismatch(f"step {commit.step} of {name}: {lines}")
-            tensors = contents.tensors(run_sync(read_alone(backend, contents)))
+            tensors = dict(contents.tensors(run_sync(read_alone(backend, contents))))
         except CorruptCheckpoint as error:
             if run_sync(_is_committed(backend, name, commit)):
                 _reject(_Damaged(commit, str(error), error.damage), step, rejected, notes)

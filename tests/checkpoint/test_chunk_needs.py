@@ -217,3 +217,10 @@ def test_a_column_of_long_rows_leaves_chunks_out() -> None:
         index_parts(parts, 0), parts, [tensor("x", 10, 1000, dtype="int64", shape=(10, 150))]
     )
     assert needs_of(plan, parts) == {(0, 0): merge([(10 * row, 10 * row + 2) for row in range(10)])}
+
+
+def test_rows_that_just_skip_a_chunk_leave_it_out() -> None:
+    entry = stored("x", (4, 200), extents=(Extent(0, 64, 6400),))
+    parts = {0: part_of(0, entry, chunk_bytes=800)}
+    plan = make_load_plan(index_parts(parts, 0), parts, [tensor("x", 4, 200, dtype="int64", shape=(4, 100))])
+    assert needs_of(plan, parts) == {(0, 0): ((0, 1), (2, 3), (4, 5), (6, 7))}

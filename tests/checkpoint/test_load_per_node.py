@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dtruntime_torch import _C
-from dtruntime_torch.checkpoint import node_memory, placement
+from dtruntime_torch.checkpoint import contents, node_memory, placement
 from dtruntime_torch.checkpoint.info import CheckpointInfo
 from dtruntime_torch.errors import DTRuntimeError, LoadFailed
 from dtruntime_torch.storage import LocalBackend, MemoryBackend
@@ -220,13 +220,22 @@ def test_a_flipped_bit_in_what_a_read_brings_is_found(tmp_path: Path) -> None:
     assert same(states[0], 1.0)
 
 
-def test_a_file_that_is_longer_than_was_committed_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_memory_is_taken_for_a_file_that_is_shorter_than_was_committed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     backend = FaultyBackend(MemoryBackend())
     (rank,) = saved(backend, 1, 1.0)
     inner = backend._inner
     assert isinstance(inner, MemoryBackend)
     (path,) = [p for p in inner._files if p.endswith(".safetensors")]
     inner._put(path, inner._files[path].data[:-1], may_replace=True)
+
+    class NoMemory:
+        @staticmethod
+        def Arena(nbytes: int, **options: object) -> _C.Arena:
+            raise MemoryError(nbytes)
+
+    monkeypatch.setattr(contents, "_C", NoMemory)
     with pytest.warns(RuntimeWarning, match="going on"):
         (result,) = together(partial(rank.load, model()))
     assert not isinstance(result, (CheckpointInfo, LoadFailed))

@@ -321,3 +321,37 @@ def test_the_time_of_a_file_is_that_of_its_write(tmp_path: Path) -> None:
     backend = LocalBackend(tmp_path)
     run_sync(backend.write("file", b""))
     assert run_sync(backend.list(""))[0].modified == (tmp_path / "file").stat().st_mtime
+
+
+class NotingDirect(SystemCalls):
+    """Notes whether reads went past the page cache."""
+
+    def __init__(self) -> None:
+        self.direct: list[bool] = []
+
+    def read_into(self, path: str, offset: int, target: memoryview, direct: bool) -> None:
+        self.direct.append(direct)
+        super().read_into(path, offset, target, direct)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_only_what_is_not_in_the_page_cache_is_read_past_it(tmp_path, monkeypatch, cached):
+    def preadv(descriptor, buffers, offset, flags):
+        if not cached:
+            raise BlockingIOError
+        return 1
+
+    data = bytes(range(256)) * (3 << 12)
+    (tmp_path / "file").write_bytes(data)
+    monkeypatch.setattr(os, "preadv", preadv)
+    calls = NotingDirect()
+    memory = bytearray(len(data) - 1)
+    run_sync(LocalBackend(tmp_path, calls=calls).read_range("file", 1, len(memory), into=memoryview(memory)))
+    assert memory == data[1:] and calls.direct == [not cached]
+
+
+def test_a_short_range_never_goes_past_the_page_cache(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(100))
+    calls, memory = NotingDirect(), bytearray(100)
+    run_sync(LocalBackend(tmp_path, calls=calls).read_range("file", 0, 100, into=memoryview(memory)))
+    assert calls.direct == [False]
