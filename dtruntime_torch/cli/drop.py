@@ -8,7 +8,7 @@ import typer
 
 from dtruntime_torch.checkpoint import names
 from dtruntime_torch.checkpoint.cleaning import Cleaner
-from dtruntime_torch.cli.prune import print_report
+from dtruntime_torch.cli.prune import print_report, say_if_slow
 from dtruntime_torch.cli.screen import screen
 from dtruntime_torch.errors import InvalidArgument
 from dtruntime_torch.storage import backend_for, run_sync
@@ -37,7 +37,9 @@ def drop(
             f"step {found.step} of {name}, as generation {found.generation} saved it, would be deleted for good; "
             f"repeat the command with --yes if nobody needs it"
         )
-    report = run_sync(Cleaner(backend_for(path), name).drop(found))
+    backend = backend_for(path)
+    say_if_slow(backend)
+    report = run_sync(Cleaner(backend, name).drop(found))
     screen().print(f"{name} {found.path}: given up")
     print_report(name, report)
     if report.blocked:

@@ -13,7 +13,7 @@ from dtruntime_torch.checkpoint.retention import KeepBest, RetentionPolicy
 from dtruntime_torch.cli.place import find_place
 from dtruntime_torch.cli.screen import count, one_line, screen
 from dtruntime_torch.errors import CheckpointNotFound, InvalidArgument
-from dtruntime_torch.storage import run_sync
+from dtruntime_torch.storage import StorageBackend, run_sync
 
 BEST = "Keep the one with the least METRIC of its metadata, or the greatest with METRIC:max."
 
@@ -39,6 +39,7 @@ def prune(
     place = find_place(path)
     if name is not None and name not in place.names:
         raise CheckpointNotFound(f"there is no checkpoint called {name} in {path}")
+    say_if_slow(place.backend, dry_run)
     blocked = False
     for one in place.names if name is None else (name,):
         report = run_sync(Cleaner(place.backend, one, policy).prune(dry_run=dry_run))
@@ -46,6 +47,16 @@ def prune(
         blocked = blocked or bool(report.blocked)
     if blocked:
         raise typer.Exit(1)
+
+
+def say_if_slow(backend: StorageBackend, dry_run: bool = False) -> None:
+    """Tells who waits why it takes so long."""
+    if backend.settle_seconds and not dry_run:
+        typer.echo(
+            f"on a network file system files go only when other hosts see that their commits are gone: this takes "
+            f"{backend.settle_seconds:g} s for each name where something is deleted",
+            err=True,
+        )
 
 
 def print_report(name: str, report: PruneReport) -> None:

@@ -87,6 +87,12 @@ def test_what_keeps_it_from_deleting_is_said_and_the_status_is_1(tmp_path, shelf
     assert shelf.steps() == [100, 200, 300]
 
 
+def test_who_waits_for_a_network_file_system_is_told_so(tmp_path, shelf, monkeypatch):
+    monkeypatch.setattr("dtruntime_torch.storage.local.is_on_network", lambda folder: True)
+    assert "90 s" in prune(tmp_path, "--keep-last", 5).stderr
+    assert prune(tmp_path, "--keep-last", 1, "--dry-run").stderr == ""
+
+
 @pytest.mark.parametrize(
     "arguments", [[], ["--keep-last", "0"], ["--keep-last", "x"], ["--keep-last", "1", "--pin", "-1"]]
 )
