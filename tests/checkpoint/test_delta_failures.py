@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import dtruntime_torch as dt
-from dtruntime_torch.checkpoint import publish
+from dtruntime_torch.checkpoint import publish, save
 from dtruntime_torch.checkpoint.info import CheckpointInfo
 from dtruntime_torch.checkpoint.manifest import Commit, encode_commit
 from dtruntime_torch.checkpoint.specs import digest_length
@@ -83,6 +83,20 @@ def declined_after_staging(backend, ranks):
     return (SaveFailed, InvalidArgument)
 
 
+def torn(backend, ranks):
+    stage, stager = save.stage, ranks[1].saver._stager
+
+    def tear(at, *args, **more):
+        digests = stage(at, *args, **more)
+        if at is stager:
+            save.stage = stage
+            raise SaveFailed("the state changed while it was copied")
+        return digests
+
+    save.stage = tear
+    return SaveFailed
+
+
 def unknown(backend, ranks):
     backend.when("create", COMMIT.format(2), not_done(), nth=None)
     return CommitUnknown
@@ -111,6 +125,7 @@ FAILURES = [
     no_manifest,
     declined_by_one,
     declined_after_staging,
+    torn,
     unknown,
     unknown_but_done,
     lost,
