@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import multiprocessing
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import dtruntime_torch as dt
-from dtruntime_torch.checkpoint import publish
+from dtruntime_torch.checkpoint import publish, save
 from dtruntime_torch.checkpoint.info import CheckpointInfo
 from dtruntime_torch.checkpoint.manifest import Commit, encode_commit
 from dtruntime_torch.checkpoint.specs import digest_length
@@ -82,6 +83,20 @@ def declined_after_staging(backend, ranks):
     return (SaveFailed, InvalidArgument)
 
 
+def torn(backend, ranks):
+    stage, stager = save.stage, ranks[1].saver._stager
+
+    def tear(at, *args, **more):
+        digests = stage(at, *args, **more)
+        if at is stager:
+            save.stage = stage
+            raise SaveFailed("the state changed while it was copied")
+        return digests
+
+    save.stage = tear
+    return SaveFailed
+
+
 def unknown(backend, ranks):
     backend.when("create", COMMIT.format(2), not_done(), nth=None)
     return CommitUnknown
@@ -110,6 +125,7 @@ FAILURES = [
     no_manifest,
     declined_by_one,
     declined_after_staging,
+    torn,
     unknown,
     unknown_but_done,
     lost,
@@ -274,6 +290,24 @@ def test_another_job_that_takes_over_between_two_tries_is_a_conflict():
     results = start_all(ranks, states, 2)
     assert taken[0].generation == 2
     assert all(isinstance(result, CommitConflict) for result in results), results
+
+
+def test_a_disk_that_was_full_gets_the_right_delta_once_there_is_room(mount):
+    disk = mount("size=4m")
+    state = {"w": torch.zeros(1 << 20, dtype=torch.uint8)}
+    with delta_manager(disk / "checkpoints") as manager:
+        manager.save(state, 1)
+        ballast = disk / "ballast"
+        ballast.write_bytes(bytes(shutil.disk_usage(disk).free - 20 * CHUNK))
+        state["w"][: 100 * CHUNK] = 2
+        with pytest.raises(SaveFailed, match="The disk is full"):
+            manager.save(state, 2)
+        ballast.unlink()
+        state["w"][-1] = 3
+        info = manager.save(state, 3)
+        assert not info.full and info.written == 64 + 101 * CHUNK
+        found = manager.load_checkpoint()
+    assert isinstance(found, dict) and torch.equal(found["w"], state["w"])
 
 
 def delta_manager(backend):
