@@ -79,9 +79,9 @@ def save(code: Code, step: int, delta: bool = False, sweeps: bool = False, retai
 async def load_base(backend: Scheduled) -> Base | None:
     """What another incarnation committed, to save against; the format allows it, managers do not do it yet."""
     try:
-        commit, _ = await catalog.pick(backend, NAME, None, set())  # type: ignore[arg-type]
-        manifest = await catalog.read_manifest(backend, commit)  # type: ignore[arg-type]
-        part = await catalog.read_part(backend, manifest, 0)  # type: ignore[arg-type]
+        commit, _ = await catalog.pick(backend, NAME, None, set())
+        manifest = await catalog.read_manifest(backend, commit)
+        part = await catalog.read_part(backend, manifest, 0)
     except (CheckpointNotFound, CorruptCheckpoint):
         return None
     return Base(commit, part, image_of(commit.step).layout, 0, False)
@@ -94,7 +94,7 @@ async def try_once(
     header = len(shard_file.DELTA_HEADER)
     delta = None if base is None else make_delta(base.part, image.layout, image.digests, header)
     shard = await shard_file.write_shard(
-        backend,  # type: ignore[arg-type]
+        backend,
         NAME,
         attempt,
         image.plan,
