@@ -104,6 +104,9 @@ class World:
 
     def save_and_die(self, rank: int, nth: int, after: bool) -> None:
         """One rank dies in a save, and with it the job."""
+        for one in self._ranks:
+            # The dead cannot say that they are.
+            one.members.barrier.timeout = 1.0
         self._mortals[rank % len(self._mortals)].die_at(nth, after)
         results = self.save()
         dead = [result for result in results if isinstance(result, Dead)]
