@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Awaitable, Callable, Sequence, Set
-from typing import TypeVar
+from functools import partial
+from typing import NoReturn, TypeVar
 
 from dtruntime_torch.checkpoint import names
 from dtruntime_torch.checkpoint.format.checks import is_own
@@ -208,13 +209,35 @@ def _by_attempt(name: str, entries: Sequence[Entry]) -> dict[str, list[Entry]]:
 async def _look(
     backend: StorageBackend, name: str, choose: Callable[[Sequence[CommitKey]], Awaitable[R]]
 ) -> R:
-    """Lists the commits and chooses among them; again if one vanished meanwhile, for a newer one came before."""
+    """Lists the commits and chooses among them; again if a prune may have taken one meanwhile.
+
+    What it takes vanishes or turns void, and before that a newer one came: where none came, the choice stands.
+    """
+    listed = await commit_keys(backend, name)
     for _ in range(MAX_LISTINGS - 1):
-        try:
-            return await choose(await commit_keys(backend, name))
-        except NotFound:
-            continue
-    return await choose(await commit_keys(backend, name))
+        made = await _try(choose, listed)
+        again = await commit_keys(backend, name)
+        if made is not None and again == listed:
+            return made()
+        listed = again
+    return await choose(listed)
+
+
+async def _try(
+    choose: Callable[[Sequence[CommitKey]], Awaitable[R]], listed: Sequence[CommitKey]
+) -> Callable[[], R] | None:
+    """What returns the choice, or raises why there is none; None if a commit has vanished."""
+    try:
+        chosen = await choose(listed)
+    except NotFound:
+        return None
+    except (CheckpointNotFound, CorruptCheckpoint) as error:
+        return partial(_raise, error)
+    return lambda: chosen
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
 
 
 async def _newest_of(backend: StorageBackend, name: str, keys: Sequence[CommitKey]) -> CommitKey | None:

@@ -69,9 +69,14 @@ async def find_commit(backend: StorageBackend, name: str, step: int | None = Non
     Raises:
         CheckpointNotFound: there is none.
     """
-    for key in reversed(await catalog.commit_keys(backend, name)):
-        if step in (None, key.step) and await is_committed(backend, name, key):
-            return key
+    if step is None:
+        newest = await catalog.newest_key(backend, name)
+        if newest is not None:
+            return newest
+    else:
+        for key in reversed(await catalog.commit_keys(backend, name)):
+            if key.step == step and await is_committed(backend, name, key):
+                return key
     which = "" if step is None else f" of step {step}"
     raise CheckpointNotFound(f"there is no checkpoint {name}{which}; `dtruntime ls` lists what there is")
 

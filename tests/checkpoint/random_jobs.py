@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import dtruntime_torch as dt
 from dtruntime_torch.checkpoint import catalog, names, restore
 from dtruntime_torch.checkpoint.info import CheckpointInfo
+from dtruntime_torch.checkpoint.manifest import Commit
 from dtruntime_torch.checkpoint.retention import RetentionPolicy
 from dtruntime_torch.checkpoint.verify import verify
 from dtruntime_torch.errors import CheckpointNotFound, NotFound
@@ -103,6 +104,9 @@ class World:
 
     def save_and_die(self, rank: int, nth: int, after: bool) -> None:
         """One rank dies in a save, and with it the job."""
+        for one in self._ranks:
+            # The dead cannot say that they are.
+            one.members.barrier.timeout = 1.0
         self._mortals[rank % len(self._mortals)].die_at(nth, after)
         results = self.save()
         dead = [result for result in results if isinstance(result, Dead)]
@@ -160,7 +164,7 @@ class World:
         assert isinstance(results[0], CheckpointInfo)
         self.held = deepcopy(self.saved[results[0].step])
 
-    def _commits(self) -> list[catalog.Commit]:
+    def _commits(self) -> list[Commit]:
         found = []
         for key in run_sync(catalog.commit_keys(self.inner, "model")):
             commit = _read(self.inner, key)
@@ -168,7 +172,7 @@ class World:
         return found
 
 
-def _read(backend: StorageBackend, key: names.CommitKey) -> catalog.Commit | None:
+def _read(backend: StorageBackend, key: names.CommitKey) -> Commit | None:
     try:
         return run_sync(catalog.read_commit(backend, "model", key))
     except NotFound:

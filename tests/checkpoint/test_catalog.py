@@ -308,6 +308,46 @@ def test_pick_takes_the_newest_that_was_not_rejected(shelf):
     assert pick(shelf, rejected={KEY}) == ((6, 900), (7, 100))
 
 
+def prune_while_it_reads(shelf: Shelf) -> None:
+    """Before the newest is read a second time a newer one comes, and a job that follows voids this one."""
+    inner, reads = shelf.backend.read, []
+
+    async def read(path: str) -> object:
+        reads.append(path)
+        if reads.count(COMMIT) == 2:
+            shelf.backend.read = inner
+            shelf.put_commit(8, 110)
+            shelf.put_commit(7, 100, void=True)
+        return await inner(path)
+
+    shelf.backend.read = read
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_where_the_newest_turns_void_meanwhile_pick_takes_the_one_that_came_before_that(shelf, older):
+    shelf.put_commit(7, 100)
+    if older:
+        shelf.put_commit(6, 900)
+    prune_while_it_reads(shelf)
+    assert pick(shelf) == ((8, 110), (8, 110))
+
+
+def test_where_the_newest_turns_void_before_it_is_read_it_is_not_the_older_one(shelf):
+    shelf.put_commit(6, 900)
+    shelf.put_commit(7, 100)
+    inner = shelf.backend.list
+
+    async def list_and_void(prefix, delimiter=None):
+        listed = await inner(prefix, delimiter)
+        shelf.backend.list = inner
+        shelf.put_commit(8, 110)
+        shelf.put_commit(7, 100, void=True)
+        return listed
+
+    shelf.backend.list = list_and_void
+    assert run_sync(catalog.newest_key(shelf.backend, "model")) == (8, 110)
+
+
 def test_pick_of_a_step_takes_the_newest_generation_that_has_it(shelf):
     for generation, step in [(5, 100), (6, 100), (6, 200)]:
         shelf.put_commit(generation, step)

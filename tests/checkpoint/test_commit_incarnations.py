@@ -19,9 +19,7 @@ from tests.checkpoint.sound import CHUNK, check_equal, check_sound, state_of
 
 
 def manager_on(storage: StorageBackend | Path, store: object = None) -> dt.CheckpointManager:
-    return dt.CheckpointManager(
-        storage, chunk_bytes=CHUNK, keep_last_n=None, store=store  # type: ignore[arg-type]
-    )
+    return dt.CheckpointManager(storage, chunk_bytes=CHUNK, keep_last_n=None, store=store)
 
 
 def newest(storage: StorageBackend) -> dt.CheckpointInfo:

@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 
 import dtruntime_torch as dt
-from dtruntime_torch.storage import MemoryBackend, StorageBackend
+from dtruntime_torch.storage import MemoryBackend, StorageBackend, run_sync
 from tests.checkpoint.mortal import Dead, Mortal
 from tests.checkpoint.sound import CHUNK, check_equal, check_sound, state_of
 
@@ -16,7 +16,7 @@ Life = Callable[[StorageBackend], None]
 
 
 def manager_on(backend: StorageBackend) -> dt.CheckpointManager:
-    return dt.CheckpointManager(backend, chunk_bytes=CHUNK)
+    return dt.CheckpointManager(backend, chunk_bytes=CHUNK, keep_last_n=None)
 
 
 def save_first(backend: StorageBackend) -> None:
@@ -37,11 +37,21 @@ def save_twice(backend: StorageBackend) -> None:
         manager.save(state_of(4), 4)
 
 
+def save_deltas_and_prune(backend: StorageBackend) -> None:
+    with dt.CheckpointManager(backend, chunk_bytes=CHUNK, keep_last_n=2, delta=True) as manager:
+        manager.load(state_of(0))
+        for step in (3, 4, 5):
+            manager.save(state_of(step), step)
+        manager.load(state_of(0))
+        manager.prune()
+
+
 # A life, and the steps that are committed before it.
 LIVES: dict[str, tuple[Life, tuple[int, ...]]] = {
     "the first save": (save_first, ()),
     "a load and a save": (load_and_save, (1, 2)),
     "two saves": (save_twice, (1, 2)),
+    "deltas, retention and a prune": (save_deltas_and_prune, (1, 2)),
 }
 
 
@@ -86,3 +96,16 @@ def test_a_leader_that_dies_at_any_call_loses_nothing_and_the_next_job_saves(nam
             assert manager.load(state).step == 9
             check_equal(state, 9)
         assert check_sound(inner)[-1] == 9
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_what_a_dead_leader_left_is_gone_after_the_next_jobs_save(after):
+    life, steps = LIVES["deltas, retention and a prune"]
+    for at in range(1, calls_of(life, steps) + 1, 3):
+        inner = world_before(steps)
+        live_and_die(life, Mortal(inner, at, after))
+        with dt.CheckpointManager(inner, chunk_bytes=CHUNK, keep_last_n=1) as manager:
+            manager.load(state_of(0))
+            path = manager.save(state_of(9), 9).path
+        left = {entry.path.rpartition("/")[0] for entry in run_sync(inner.list("model/step-"))}
+        assert left == {path}, f"call {at}"

@@ -21,7 +21,7 @@ ACTIONS = st.one_of(
 )
 
 
-def act(world: World, action: tuple, salt: int) -> None:  # type: ignore[type-arg]
+def act(world: World, action: tuple, salt: int) -> None:
     kind, *rest = action
     if kind in ("save", "fault", "die"):
         world.change(rest[0])

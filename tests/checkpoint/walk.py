@@ -228,7 +228,7 @@ class Walk:
         if at.job == len(self._jobs[i]):
             return self._number(("ended", i, fingerprint(at.memory), lost), at)
         memory = copy.deepcopy(at.memory)
-        coroutine: Coro = self._jobs[i][at.job](Scheduled(), memory)  # type: ignore[assignment]
+        coroutine: Coro = self._jobs[i][at.job](Scheduled(), memory)
         try:
             call = coroutine.send(None)
             for answer in answers:

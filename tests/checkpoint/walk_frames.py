@@ -88,14 +88,14 @@ class _Freeze:
 
     def _object(self, value: object) -> Hashable:
         if type(value).__module__ == "builtins":
-            return self.of(value.__reduce__())  # type: ignore[arg-type]  # iterators: what is left of them
+            return self.of(value.__reduce__())  # iterators: what is left of them
         slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
         if not hasattr(value, "__dict__") and not slots:
             raise TypeError(f"what a {type(value).__qualname__} holds is not known")
         held = {**getattr(value, "__dict__", {}), **{n: getattr(value, n, None) for n in slots}}
         return tuple((name, self.of(item)) for name, item in held.items())
 
-    def _suspended(self, value: types.CoroutineType | types.GeneratorType) -> Hashable:  # type: ignore[type-arg]
+    def _suspended(self, value: types.CoroutineType | types.GeneratorType) -> Hashable:
         frame = value.cr_frame if isinstance(value, types.CoroutineType) else value.gi_frame
         if frame is None:
             return "ended"

@@ -61,7 +61,7 @@ def save(code: Code, step: int, delta: bool = False, sweeps: bool = False, retai
         cleaner = me.keep.setdefault("cleaner", code.cleaner())
         if sweeps:
             await cleaner.before_save(me.number)
-        base = me.keep.get("base") or await load_base(backend) if delta else None
+        base = me.keep.get("base") or await load_base(backend, me.number) if delta else None
         outcome, attempt = await try_once(code, backend, me, Attempt(me.number, step, 1), base)
         if outcome.kind == "stale":
             await give_up(cleaner, me, attempt)
@@ -76,14 +76,16 @@ def save(code: Code, step: int, delta: bool = False, sweeps: bool = False, retai
     return job
 
 
-async def load_base(backend: Scheduled) -> Base | None:
+async def load_base(backend: Scheduled, generation: int) -> Base | None:
     """What another incarnation committed, to save against; the format allows it, managers do not do it yet."""
     try:
-        commit, _ = await catalog.pick(backend, NAME, None, set(), [])  # type: ignore[arg-type]
-        manifest = await catalog.read_manifest(backend, commit)  # type: ignore[arg-type]
-        part = await catalog.read_part(backend, manifest, 0)  # type: ignore[arg-type]
+        commit, _ = await catalog.pick(backend, NAME, None, set(), [])
+        manifest = await catalog.read_manifest(backend, commit)
+        part = await catalog.read_part(backend, manifest, 0)
     except (CheckpointNotFound, CorruptCheckpoint):
         return None
+    if commit.generation > generation:
+        return None  # nobody goes on from who came after
     return Base(commit, part, image_of(commit.step).layout, 0, False)
 
 
@@ -94,7 +96,7 @@ async def try_once(
     header = len(shard_file.DELTA_HEADER)
     delta = None if base is None else make_delta(base.part, image.layout, image.digests, header)
     shard = await shard_file.write_shard(
-        backend,  # type: ignore[arg-type]
+        backend,
         NAME,
         attempt,
         image.plan,

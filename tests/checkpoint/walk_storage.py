@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Generator, Iterator
+from collections.abc import Coroutine, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,7 @@ class Scheduled:
     async def delete(self, path: str) -> None:
         await Call("delete", path)
 
-    async def unfinished(self, prefix: str) -> list[Entry]:
+    async def unfinished(self, prefix: str) -> Sequence[Entry]:
         return []
 
     async def discard_unfinished(self, prefix: str) -> int:
