@@ -121,7 +121,7 @@ class World:
         for key in keys:
             report = run_sync(verify(self.inner, "model", key))
             assert report.ok, report.damage
-            state, _ = restore.load_fresh(self.inner, "model", key.step, 0)
+            state = restore.load_fresh(self.inner, "model", key.step, 0)
             check_equal(state, self.saved[key.step], key.step)
         steps = [key.step for key in keys]
         stay = self.reported if self._keep is None else self.reported[-1:]

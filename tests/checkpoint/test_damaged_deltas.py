@@ -84,7 +84,7 @@ def is_read(path: str) -> bool:
 
 def loads_or_names(backend: MemoryBackend, path: str) -> None:
     try:
-        state, _ = restore.load_fresh(backend, "model", STEPS, 0)
+        state = restore.load_fresh(backend, "model", STEPS, 0)
     except CorruptCheckpoint as error:
         named = {damage.file for damage in error.damage}
     else:
