@@ -16,11 +16,10 @@ def read_newest(root, name, rank):
     found, manifest = {}, read_manifest(root / name)
     for part in (read_part(root / name, manifest, ref) for ref in manifest["parts"]):
         for leaf in (*part["objects"], *part["tensors"]):
-            if leaf["per_rank"] and part["rank"] != rank:
-                continue
-            if "value" in leaf:
+            wanted = not leaf["per_rank"] or part["rank"] == rank
+            if wanted and "value" in leaf:
                 found[decode(leaf["fqn"])] = decode(leaf["value"])
-            else:
+            elif wanted:
                 whole = found.setdefault(decode(leaf["fqn"]), np.zeros(leaf["global_shape"], leaf["dtype"]))
                 ends = np.add(leaf["offsets"], leaf["shape"]).astype(int)
                 whole[tuple(map(slice, leaf["offsets"], ends))] = read_tensor(root / name, part, leaf)
@@ -40,8 +39,8 @@ def read_manifest(folder):
 
 def read_part(folder, manifest, ref):
     """A part manifest; the headers of its data files are checked."""
-    path = folder / manifest["attempt"] / ref["path"]
-    part = parse(read_range(path, 0, ref["length"]), "part", ref["sha256"])
+    data = read_range(folder / manifest["attempt"] / ref["path"], 0, ref["length"])
+    part = parse(data, "part", ref["sha256"])
     for file in part["files"]:
         assert file["path"].rpartition("/")[0] in manifest["uses"]
         assert (folder / file["path"]).stat().st_size == file["length"]
@@ -79,7 +78,8 @@ DECODERS = {
     "float": lambda v: np.frombuffer(bytes.fromhex(v), ">f8")[0].item(),
     "str": lambda v: bytes.fromhex(v).decode("utf-8", "surrogatepass"),
     "bytes": base64.b64decode,
-    "tuple": lambda v: tuple(map(decode, v)),
+    "complex": lambda v: np.frombuffer(bytes.fromhex(v), ">c16")[0].item(),
+    **{kind.__name__: lambda v, kind=kind: kind(map(decode, v)) for kind in (tuple, set, frozenset)},
     "dict": lambda v: {decode(key): decode(item) for key, item in v},
 }
 

@@ -34,7 +34,12 @@ PAGE = (Path(__file__).parents[2] / "docs" / "FORMAT.md").read_text()
 
 WEIGHT = np.arange(42, dtype=np.float32).reshape(6, 7)
 COMPLEX = np.arange(5, dtype=np.complex64) * (1 - 2j)
-NOTES = {"lr": (1e-3, 2**70), 3: [b"raw", None, float("inf"), "\ud800"]}
+NOTES = {
+    "lr": (1e-3, 2**70),
+    3: [b"raw", None, float("inf"), "\ud800"],
+    "set": {1, frozenset({"a"})},
+    "c": 1 - 2j,
+}
 
 
 def save_a_sharded_state(backend: LocalBackend | MemoryBackend) -> saved_checkpoints.Saved:
