@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from copy import deepcopy
 from functools import partial
 
@@ -17,7 +18,7 @@ from dtruntime_torch.checkpoint.retention import RetentionPolicy
 from dtruntime_torch.checkpoint.verify import verify
 from dtruntime_torch.errors import CheckpointNotFound, NotFound
 from dtruntime_torch.storage import MemoryBackend, StorageBackend, run_sync
-from dtruntime_torch.testing.faulty_backend import FaultyBackend, lost_answer, not_done
+from dtruntime_torch.testing.faulty_backend import Call, FaultyBackend, lost_answer, not_done
 from tests.checkpoint.mortal import Dead, Mortal
 from tests.checkpoint.thread_ranks import Rank, make_ranks, together
 
@@ -57,6 +58,7 @@ class World:
 
     def begin(self, ranks: int, salt: int) -> None:
         """A new job starts, and goes on from the newest checkpoint if there is one."""
+        self.end()
         self._mortals = [Mortal(self.inner) for _ in range(ranks)]
         self._backends = [FaultyBackend(mortal) for mortal in self._mortals]
         self._ranks = make_ranks(
@@ -72,6 +74,12 @@ class World:
             for i, name in enumerate(self.held)
         }
         self._load()
+
+    def end(self) -> None:
+        """The job ends, and with it its threads."""
+        for rank in self._ranks:
+            with suppress(dt.errors.DTRuntimeError, Dead):
+                rank.saver.close()
 
     def change(self, draws: Sequence[tuple[int, int]]) -> None:
         """Changes elements of tensors, each of a chunk of its own or not."""
@@ -99,8 +107,15 @@ class World:
     def save_with_a_fault(self, rank: int, nth: int, lost: bool) -> None:
         """One call of one rank fails, having been done or not."""
         backend = self._backends[rank % len(self._backends)]
-        backend.when("*", "*", lost_answer() if lost else not_done(), nth=nth)
+        saving = [True]
+        fail = lost_answer() if lost else not_done()
+
+        async def fault(call: Call) -> object:
+            return await (fail(call) if saving else call.proceed())
+
+        backend.when("*", "*", fault, nth=nth)
         self.save()
+        saving.clear()
 
     def save_and_die(self, rank: int, nth: int, after: bool) -> None:
         """One rank dies in a save, and with it the job."""

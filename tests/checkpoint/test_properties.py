@@ -39,7 +39,7 @@ def act(world: World, action: tuple, salt: int) -> None:
 
 
 @pytest.mark.parametrize("keep", [None, 2])
-@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow])
 @given(
     held=tensors(),
     chunk_bytes=st.sampled_from([4096, 8192, 1 << 20]),
@@ -59,3 +59,4 @@ def test_whatever_happens_what_is_committed_is_what_was_saved(keep, held, chunk_
     world.check()
     assert world.reported[-1] == world.step
     world.check_nothing_is_left_over()
+    world.end()
