@@ -135,11 +135,8 @@ class Targets:
             Exception: what an object raised.
         """
         loaded = Loaded(tensors, values)
-        check_fills(
-            Fill(node.fqn, local_part(node.value), tensors[node.fqn])
-            for node in self._tensors_filled_in_place()
-            if node.fqn in tensors
-        )
+        fills = (node for node in self._tensors_filled_in_place() if node.fqn in tensors)
+        check_fills((Fill(node.fqn, local_part(node.value)) for node in fills), tensors)
         for _, request in self._requests:
             request.check(loaded)
 

@@ -79,7 +79,7 @@ DECODERS = {
     "str": lambda v: bytes.fromhex(v).decode("utf-8", "surrogatepass"),
     "bytes": base64.b64decode,
     "complex": lambda v: np.frombuffer(bytes.fromhex(v), ">c16")[0].item(),
-    **{kind.__name__: lambda v, kind=kind: kind(map(decode, v)) for kind in (tuple, set, frozenset)},
+    **{kind.__name__: lambda v, kind=kind: kind(map(decode, v)) for kind in (tuple, set, frozenset)},  # type: ignore[misc]
     "dict": lambda v: {decode(key): decode(item) for key, item in v},
 }
 

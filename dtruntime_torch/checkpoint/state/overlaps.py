@@ -6,7 +6,7 @@ checkpoint has the same values. It is tried out on memory of our own, which is a
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,11 +18,10 @@ _ALIGNMENT = 16
 
 
 class Fill(NamedTuple):
-    """A tensor that is to be filled in place: its name, the memory on this rank, and what comes there."""
+    """A tensor that is to be filled in place: its name, and the memory on this rank."""
 
     fqn: str
     target: torch.Tensor
-    data: torch.Tensor
 
 
 class _Placed(NamedTuple):
@@ -31,8 +30,12 @@ class _Placed(NamedTuple):
     fill: Fill
 
 
-def check_fills(fills: Iterable[Fill]) -> None:
+def check_fills(fills: Iterable[Fill], tensors: Mapping[str, torch.Tensor]) -> None:
     """Refuses tensors that share memory and differ there.
+
+    Args:
+        fills: what is to be filled.
+        tensors: fqn -> what comes there; asked for only where memory is shared, for it may have to be put together.
 
     Raises:
         InvalidArgument: naming two of them; nothing was changed.
@@ -44,14 +47,14 @@ def check_fills(fills: Iterable[Fill]) -> None:
             first = first_at.setdefault(memory_of(fill.target), fill)
             if first is fill:
                 by_device.setdefault(fill.target.device, []).append(_place(fill))
-            elif not _same_bits(first.data, fill.data):
+            elif first.fqn != fill.fqn and not _same_bits(tensors[first.fqn], tensors[fill.fqn]):
                 raise InvalidArgument(
                     f"{first.fqn} and {fill.fqn} are one tensor in the state and two different ones in the "
                     f"checkpoint; untie them before you load"
                 )
     for placed in by_device.values():
         for cluster in _clusters(sorted(placed, key=lambda one: one.start)):
-            _try_out(cluster)
+            _try_out(cluster, tensors)
 
 
 def _place(fill: Fill) -> _Placed:
@@ -73,15 +76,15 @@ def _clusters(placed: Sequence[_Placed]) -> list[list[_Placed]]:
     return [cluster for cluster in clusters if len(cluster) > 1]
 
 
-def _try_out(cluster: Sequence[_Placed]) -> None:
+def _try_out(cluster: Sequence[_Placed], tensors: Mapping[str, torch.Tensor]) -> None:
     base = cluster[0].start - cluster[0].start % _ALIGNMENT
     memory = torch.empty(max(one.stop for one in cluster) - base, dtype=torch.uint8)
     views = [_view(memory, one, base) for one in cluster]
     with torch.no_grad():
         for view, one in zip(views, cluster, strict=True):
-            view.copy_(one.fill.data)
+            view.copy_(tensors[one.fill.fqn])
     for view, one in zip(views, cluster, strict=True):
-        if not _same_bits(view, one.fill.data):
+        if not _same_bits(view, tensors[one.fill.fqn]):
             others = [other.fill.fqn for other in cluster if other is not one and _meet(one, other)]
             raise InvalidArgument(
                 f"{one.fill.fqn} shares memory with {', '.join(others[:3])} in the state, and the checkpoint has other "

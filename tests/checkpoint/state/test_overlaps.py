@@ -86,6 +86,6 @@ def test_a_refused_load_changes_nothing(tmp_path):
 def test_tensors_that_stand_alone_are_not_tried_out(monkeypatch):
     monkeypatch.setattr("dtruntime_torch.checkpoint.state.overlaps._try_out", None)
     base = torch.zeros(8)
-    data = torch.ones(4)
-    empty = torch.zeros(0)
-    check_fills([Fill("a", base[4:], data), Fill("b", base[:4], data), Fill("c", empty, empty)])
+    nothing_is_asked_for: dict[str, torch.Tensor] = {}
+    fills = [Fill("a", base[4:]), Fill("b", base[:4]), Fill("c", torch.zeros(0))]
+    check_fills(fills, nothing_is_asked_for)
