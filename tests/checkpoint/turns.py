@@ -72,7 +72,11 @@ class Turns:
             return result
         finally:
             with self._changed:
-                self._running -= 1
+                if asked in self._asking[i]:
+                    # Given up by its job, as a read beside one that failed is, before its turn came.
+                    self._asking[i].remove(asked)
+                else:
+                    self._running -= 1
                 self._changed.notify_all()
 
     def _let_one_go(self, jobs: int) -> bool:
