@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import dtruntime_torch as dt
+from dtruntime_torch.checkpoint.names import CommitKey
 from dtruntime_torch.errors import (
     CheckpointMismatch,
     CheckpointNotFound,
@@ -18,6 +19,8 @@ from dtruntime_torch.errors import (
     StorageError,
     UnsupportedType,
 )
+from dtruntime_torch.storage import LocalBackend
+from tests.checkpoint.saved_checkpoints import make_newer
 
 STATE = {"w": torch.arange(6.0)}
 
@@ -46,6 +49,14 @@ def test_list_is_in_the_order_of_generation_and_step(tmp_path):
         assert [(info.generation, info.step) for info in manager.list()] == [(1, 5), (1, 10), (2, 7)]
         latest = manager.latest()
         assert latest is not None and latest.step == 7
+
+
+def test_one_of_a_later_version_is_left_out_of_the_list(tmp_path):
+    with dt.CheckpointManager(tmp_path) as manager:
+        infos = [manager.save(STATE, step) for step in (1, 2)]
+        make_newer(LocalBackend(tmp_path), "model", CommitKey(1, 2))
+        assert manager.list() == infos[:1]
+        assert manager.latest() == infos[0]
 
 
 def test_where_all_is_damaged_the_error_carries_the_damage(tmp_path):

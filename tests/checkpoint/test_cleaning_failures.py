@@ -15,6 +15,7 @@ from dtruntime_torch.storage import MemoryBackend, run_sync
 from dtruntime_torch.testing.faulty_backend import Call, FaultyBackend, Stopped, killed, lost_answer, not_done
 from tests.checkpoint.commits import NAME, Time
 from tests.checkpoint.lineages import Shelf
+from tests.checkpoint.saved_checkpoints import make_newer
 
 KEEP_ONE = RetentionPolicy(keep_last_n=1)
 
@@ -238,3 +239,14 @@ def test_a_prune_by_hand_waits_until_others_see_the_change(shelf, backend):
     old, _ = shelf.put(1, 1), shelf.put(1, 2)
     assert run_sync(cleaner.prune()).attempts == (old.path,)
     assert sum(time.slept) == 90.0
+
+
+def test_of_a_sound_one_of_a_later_version_only_the_upgrade_is_advised(shelf, backend):
+    for step in (1, 2, 3):
+        shelf.put(1, step)
+    make_newer(backend, NAME, CommitKey(1, 2))
+    before = shelf.files()
+    (reason,) = run_sync(Cleaner(backend, NAME, KEEP_ONE).prune()).blocked
+    assert "chains" in reason and "upgrade" in reason
+    assert "drop" not in reason and "epair" not in reason
+    assert shelf.files() == before
