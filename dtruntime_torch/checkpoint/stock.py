@@ -92,7 +92,8 @@ async def _read_commits(
 
 def _advise(name: str, key: CommitKey, why: str, attempts: Collection[str]) -> str:
     """What to do about a commit that cannot be read: which try it is of, it does not tell."""
-    tries = [1]
+    parsed = [attempt for attempt in map(names.parse_attempt, attempts) if attempt is not None]
+    tries = sorted(attempt.number for attempt in parsed if attempt.key == key) or [1]
     drops = ", or ".join(f"`dtruntime drop PATH {name} {Attempt(*key, number).path}`" for number in tries)
     return (
         f"nothing of {name} is deleted, for a commit cannot be read: {why}. Give its attempt up with {drops}"
