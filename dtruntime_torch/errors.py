@@ -117,7 +117,7 @@ class CorruptCheckpoint(DTRuntimeError, ValueError):
     """What is on storage is not what was committed.
 
     Attributes:
-        damage: every damaged range that was found.
+        damage: the damaged ranges that this rank knows of; none where another rank found them and only told of it.
     """
 
     def __init__(self, message: str, damage: Sequence[Damage] = ()) -> None:

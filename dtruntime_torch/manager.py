@@ -22,7 +22,7 @@ from dtruntime_torch.checkpoint.prune_plan import PruneReport
 from dtruntime_torch.checkpoint.retention import KeepBest, RetentionPolicy
 from dtruntime_torch.checkpoint.save import OnFailure, Saver
 from dtruntime_torch.checkpoint.verify import VerifyReport, find_commit, verify
-from dtruntime_torch.errors import CorruptCheckpoint, DTRuntimeError, InvalidArgument
+from dtruntime_torch.errors import CorruptCheckpoint, DTRuntimeError, InvalidArgument, NewerFormat
 from dtruntime_torch.membership import join
 from dtruntime_torch.retry import RetryPolicy
 from dtruntime_torch.storage import StorageBackend, backend_for, run_sync
@@ -242,11 +242,17 @@ class CheckpointManager:
         return restore.load_fresh(self._backend, name, step, self._members.rank, keys)
 
     def latest(self) -> CheckpointInfo | None:
-        """Describes the newest checkpoint whose manifest is readable, or None; its data is not read."""
+        """Describes the newest checkpoint whose manifest is readable, or None; its data is not read.
+
+        As in `list`, one that is damaged or needs a later version of this package is left out.
+        """
         return next(iter(reversed(self.list())), None)
 
     def list(self) -> list[CheckpointInfo]:
-        """Describes the checkpoints whose manifests are readable, oldest first; `verify` tells of the others."""
+        """Describes the checkpoints whose manifests are readable, oldest first.
+
+        One that is damaged, or that needs a later version of this package, is left out; `dtruntime ls` lists it too.
+        """
         return run_sync(_describe_all(self._backend, self.name))
 
     def prune(self, dry_run: bool = False) -> PruneReport:
@@ -328,8 +334,8 @@ async def _describe(backend: StorageBackend, name: str, key: CommitKey) -> Check
         if commit.void:
             return None
         return CheckpointInfo.of(await catalog.read_manifest(backend, commit), commit.manifest_sha256)
-    except (CorruptCheckpoint, FileNotFoundError):
-        # Damaged, or pruned since it was listed: either way there is nothing here to describe.
+    except (CorruptCheckpoint, NewerFormat, FileNotFoundError):
+        # Damaged, of a later version, or pruned since it was listed: there is nothing here that can be described.
         return None
 
 

@@ -9,14 +9,18 @@ import pytest
 import torch
 
 import dtruntime_torch as dt
+from dtruntime_torch.checkpoint.names import CommitKey
 from dtruntime_torch.errors import (
     CheckpointMismatch,
     CheckpointNotFound,
     CommitConflict,
+    CorruptCheckpoint,
     InvalidArgument,
     StorageError,
     UnsupportedType,
 )
+from dtruntime_torch.storage import LocalBackend
+from tests.checkpoint.saved_checkpoints import make_newer
 
 STATE = {"w": torch.arange(6.0)}
 
@@ -45,6 +49,30 @@ def test_list_is_in_the_order_of_generation_and_step(tmp_path):
         assert [(info.generation, info.step) for info in manager.list()] == [(1, 5), (1, 10), (2, 7)]
         latest = manager.latest()
         assert latest is not None and latest.step == 7
+
+
+def test_one_of_a_later_version_is_left_out_of_the_list(tmp_path):
+    with dt.CheckpointManager(tmp_path) as manager:
+        infos = [manager.save(STATE, step) for step in (1, 2)]
+        make_newer(LocalBackend(tmp_path), "model", CommitKey(1, 2))
+        assert manager.list() == infos[:1]
+        assert manager.latest() == infos[0]
+
+
+def test_where_all_is_damaged_the_error_carries_the_damage(tmp_path):
+    with dt.CheckpointManager(tmp_path) as manager:
+        for step in (1, 2, 3):
+            manager.save(STATE, step)
+        for path in tmp_path.glob("model/step-0000000[12]/*/*.safetensors"):
+            path.write_bytes(path.read_bytes()[:-1])
+        (tmp_path / "model/commits/0001-00000003.json").write_bytes(b"{}")
+        for load in (lambda: manager.load({"w": torch.zeros(6)}), manager.load_checkpoint):
+            going_on = pytest.warns(RuntimeWarning, match="going on")
+            with going_on, pytest.raises(CorruptCheckpoint, match="every checkpoint") as caught:
+                load()
+            damaged = list(dict.fromkeys(damage.file for damage in caught.value.damage))
+            assert damaged[0] == "model/commits/0001-00000003.json"
+            assert [path.split("/")[1] for path in damaged[1:]] == ["step-00000002", "step-00000001"]
 
 
 def test_info_tells_what_was_saved(tmp_path):

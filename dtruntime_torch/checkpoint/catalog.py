@@ -6,7 +6,7 @@ Nothing is decoded before its hash was compared, except the commit itself: that 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Awaitable, Callable, Sequence, Set
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import NoReturn, TypeVar
 
@@ -157,7 +157,11 @@ async def newest_key(backend: StorageBackend, name: str) -> CommitKey | None:
 
 
 async def pick(
-    backend: StorageBackend, name: str, step: int | None, rejected: Set[CommitKey], notes: list[str]
+    backend: StorageBackend,
+    name: str,
+    step: int | None,
+    rejected: Mapping[CommitKey, Sequence[Damage]],
+    notes: list[str],
 ) -> tuple[Commit, CommitKey]:
     """Chooses what to load. A commit that cannot be read, or of a run that is not the generation's, is passed over.
 
@@ -165,7 +169,7 @@ async def pick(
         backend: where the checkpoint lies.
         name: of the checkpoint.
         step: None for the newest commit; else the newest generation's of that step, with no falling back.
-        rejected: commits that turned out to be damaged.
+        rejected: commits that turned out to be damaged, and where.
         notes: where to add, once, what the user has to be warned of.
 
     Returns:
@@ -173,17 +177,19 @@ async def pick(
 
     Raises:
         CheckpointNotFound: nothing is committed, or nothing at that step.
-        CorruptCheckpoint: all that is committed is damaged, or what is committed at that step.
+        CorruptCheckpoint: all that is committed is damaged, or what is committed at that step; with that damage.
     """
 
     async def choose(keys: Sequence[CommitKey]) -> tuple[Commit, CommitKey]:
         top = await _newest_of(backend, name, keys)
         if top is None:
             raise CheckpointNotFound(f"there is no checkpoint called {name} here")
+        damage: list[Damage] = []
         for key in reversed(keys):
             if key in rejected or step not in (None, key.step):
+                damage += rejected.get(key, ())
                 continue
-            commit = await _read_or_note(backend, name, key, None if step is not None else notes)
+            commit = await _read_or_note(backend, name, key, None if step is not None else notes, damage)
             if commit is not None and not commit.void:
                 return commit, top
         if step is not None:
@@ -191,7 +197,8 @@ async def pick(
             newest = f"the newest of {len(there)} steps are {there[-10:]}"
             raise CheckpointNotFound(f"there is no checkpoint {name} of step {step}; {newest}")
         raise CorruptCheckpoint(
-            f"every checkpoint called {name} is damaged; none can be loaded; `dtruntime verify` lists the damage"
+            f"every checkpoint called {name} is damaged; none can be loaded; `dtruntime verify` lists the damage",
+            damage,
         )
 
     return await _look(backend, name, choose)
@@ -252,9 +259,9 @@ async def _newest_of(backend: StorageBackend, name: str, keys: Sequence[CommitKe
 
 
 async def _read_or_note(
-    backend: StorageBackend, name: str, key: CommitKey, notes: list[str] | None
+    backend: StorageBackend, name: str, key: CommitKey, notes: list[str] | None, damage: list[Damage]
 ) -> Commit | None:
-    """Reads a commit; if it is damaged or foreign, there is no falling back without notes."""
+    """Reads a commit; if it is damaged, which is added, or foreign, there is no falling back without notes."""
     try:
         commit = await read_commit(backend, name, key)
         await _check_run(backend, commit)
@@ -264,6 +271,7 @@ async def _read_or_note(
             raise
         note = f"{error}; going on with the checkpoint before it"
         notes += [note] if note not in notes else []
+        damage += error.damage
         return None
 
 

@@ -106,7 +106,7 @@ class Cleaner:
             generation = max([*claimed, *(key.generation for key in stock.commits)], default=0)
         plan = make_plan(stock, self._policy, generation)
         if dry_run:
-            return report(True, stock, plan.commits, plan.victims, ())
+            return report(True, stock, [commit.key for commit in plan.commits], plan.victims, ())
         return await self._do(self._begin(plan, stock, generation), stock)
 
     async def drop(self, attempt: Attempt) -> PruneReport:
@@ -154,7 +154,8 @@ class Cleaner:
         faults: list[str] = []
         deleted = await self._removals.work_off(faults, wait=True)
         cleared = [pending.removal for pending in begun if pending.cleared is not None]
-        commits = [removal.commit for removal in cleared if isinstance(removal, Prune)]
+        commits = [removal.commit.key for removal in cleared if isinstance(removal, Prune)]
+        commits += [r.attempt.key for r in cleared if isinstance(r, Drop) and r.was_committed]
         of_these = frozenset[str]().union(*(removal.victims for removal in cleared))
         return report(False, stock, commits, of_these & deleted, faults)
 

@@ -69,6 +69,8 @@ def judge_surveys(
     missing = _named([report["missing"] for report in reports])
     unexpected = sorted(set.intersection(*(set(report["unexpected"]) for report in reports)))
     lines = _lines([report["differences"] for report in reports])
+    # Where shapes differ or a key names nothing, that does not help.
+    advice = "" if lines else "to take what fits give strict=False, "
     if strict:
         lines += _lines(
             [
@@ -78,7 +80,7 @@ def judge_surveys(
         )
         lines += [f"{fqn}: in the checkpoint, not in the state" for fqn in unexpected]
     if lines:
-        advice = "to take what fits give strict=False, to take a part of it give keys"
+        advice += "to take a part of it give keys"
         return _verdict(
             "differs", f"{what} does not fit the state ({advice}):\n  " + "\n  ".join(_capped(lines))
         )

@@ -49,8 +49,13 @@ class Manifests:
         self._name = name
         self._noted: dict[str, Noted] = {}
 
-    async def read(self, attempt: str) -> Noted | None:
+    async def read(self, attempt: str, committed: str | None = None) -> Noted | None:
         """Returns what the manifest of an attempt says; None if there is none, or no longer.
+
+        Args:
+            attempt: its path.
+            committed: the SHA-256 of the manifest that its commit names, if that is known: what only looks like one
+                of a later version is damaged.
 
         Raises:
             CleaningBlocked: it cannot be understood.
@@ -63,8 +68,12 @@ class Manifests:
                 return None
             try:
                 manifest = decode_manifest(data, path)
-            except (CorruptCheckpoint, NewerFormat) as error:
+            except CorruptCheckpoint as error:
                 raise self.blocked(attempt, str(error)) from error
+            except NewerFormat as error:
+                if committed not in (None, hashlib.sha256(data).hexdigest()):
+                    raise self.blocked(attempt, f"{path} is damaged: it is not what was committed") from error
+                raise CleaningBlocked(f"{_why(self._name, str(error))}; nothing of it is damaged") from error
             if (manifest.name, manifest.attempt) != (self._name, attempt):
                 raise self.blocked(attempt, f"{path} is the manifest of {manifest.name}/{manifest.attempt}")
             self._noted[attempt] = _note(manifest, hashlib.sha256(data).hexdigest())
@@ -90,11 +99,15 @@ class Manifests:
         self._noted = {attempt: noted for attempt, noted in self._noted.items() if attempt in attempts}
 
     def blocked(self, attempt: str, why: str) -> CleaningBlocked:
-        """The error that names what cannot be understood, and how to give it up."""
+        """The error that names what is damaged, and how to give it up."""
         return CleaningBlocked(
-            f"nothing of {self._name} is deleted, for it is not known what is still needed: {why}. Repair it, or "
-            f"give that attempt up with `dtruntime drop PATH {self._name} {attempt}`"
+            f"{_why(self._name, why)}. Repair it, or give that attempt up with "
+            f"`dtruntime drop PATH {self._name} {attempt}`"
         )
+
+
+def _why(name: str, why: str) -> str:
+    return f"nothing of {name} is deleted, for it is not known what is still needed: {why}"
 
 
 def _note(manifest: Manifest, sha256: str) -> Noted:

@@ -57,11 +57,13 @@ class Drop:
         name: of the checkpoint.
         attempt: which one.
         victims: the attempts whose files it may have used.
+        was_committed: whether there was a commit of it, or one that cannot be read.
     """
 
     name: str
     attempt: Attempt
     victims: frozenset[str]
+    was_committed: bool = False
 
     async def clear(self, backend: StorageBackend, patience: Patience) -> bool:
         """Voids the commit, unless it is that of another attempt, then deletes the manifest; always True."""
@@ -71,6 +73,7 @@ class Drop:
         except CorruptCheckpoint:
             ours = True
         if ours:
+            self.was_committed = True
             await write_void(backend, self.name, self.attempt)
         await backend.delete(names.manifest_path(self.name, self.attempt.path))
         return True

@@ -92,13 +92,17 @@ def _named(stock: Stock, gone: set[str]) -> set[str]:
 
 
 def report(
-    dry_run: bool, stock: Stock, commits: Iterable[Commit], attempts: Collection[str], blocked: Iterable[str]
+    dry_run: bool,
+    stock: Stock,
+    commits: Iterable[CommitKey],
+    attempts: Collection[str],
+    blocked: Iterable[str],
 ) -> PruneReport:
     """Tells what goes or went, with the bytes that were there when stock was taken."""
     gone = [attempt for attempt in stock.nbytes if attempt in attempts]
     return PruneReport(
         dry_run=dry_run,
-        commits=tuple(commit.key for commit in commits),
+        commits=tuple(commits),
         attempts=tuple(gone),
         nbytes=sum(stock.nbytes[attempt] for attempt in gone),
         blocked=tuple(blocked),

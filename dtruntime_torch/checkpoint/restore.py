@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -42,6 +42,9 @@ from dtruntime_torch.storage import StorageBackend, run_sync
 MAX_ROUNDS = 1000
 
 R = TypeVar("R")
+
+# What turned out to be damaged, and where.
+Rejected = dict[CommitKey, Sequence[Damage]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,7 @@ def load(
         LoadFailed: ranks failed for other reasons. Where all of them raised one error of ours, it is raised as such.
     """
 
-    def attempt(number: int, rejected: set[CommitKey], notes: list[str]) -> Loaded | None:
+    def attempt(number: int, rejected: Rejected, notes: list[str]) -> Loaded | None:
         one = _Load(backend, name, members, f"{key}/{number}")
         try:
             return one.try_one(state, (step, keys, strict), rejected, notes)
@@ -117,7 +120,7 @@ def load_fresh(
     """
     chosen = check_keys(keys)
 
-    def attempt(number: int, rejected: set[CommitKey], notes: list[str]) -> tuple[object] | None:
+    def attempt(number: int, rejected: Rejected, notes: list[str]) -> tuple[object] | None:
         commit = _pick(backend, name, Asked(step, chosen, True), rejected, notes).commit
         try:
             contents = run_sync(
@@ -136,12 +139,10 @@ def load_fresh(
     return _until_loaded(name, True, attempt)[0]
 
 
-def _until_loaded(
-    name: str, speaks: bool, attempt: Callable[[int, set[CommitKey], list[str]], R | None]
-) -> R:
+def _until_loaded(name: str, speaks: bool, attempt: Callable[[int, Rejected, list[str]], R | None]) -> R:
     """Makes attempts until one succeeds; those that found damage have rejected that commit."""
     with _warning_later(speaks) as notes:
-        rejected: set[CommitKey] = set()
+        rejected: Rejected = {}
         for number in range(MAX_ROUNDS):
             loaded = attempt(number, rejected, notes)
             if loaded is not None:
@@ -172,7 +173,7 @@ class _Load:
         self,
         state: object,
         asked: tuple[int | None, Collection[str] | None, bool],
-        rejected: Set[CommitKey],
+        rejected: Rejected,
         notes: list[str],
     ) -> Loaded | None:
         """Returns None if the commit vanished meanwhile."""
@@ -275,11 +276,11 @@ def _warning_later(speak: bool) -> Iterator[list[str]]:
             warnings.warn(note, RuntimeWarning, stacklevel=6)
 
 
-def _reject(damaged: _Damaged, step: int | None, rejected: set[CommitKey], notes: list[str]) -> None:
+def _reject(damaged: _Damaged, step: int | None, rejected: Rejected, notes: list[str]) -> None:
     """Falls back to an older commit, or not at all where a step was asked for by number."""
     if step is not None:
         raise CorruptCheckpoint(str(damaged), damaged.damage)
-    rejected.add(damaged.commit.key)
+    rejected[damaged.commit.key] = damaged.damage
     notes.append(f"{damaged}; going on with the checkpoint before it")
 
 
@@ -296,9 +297,7 @@ def _want_all(saved: SavedState, keys: tuple[str, ...] | None) -> Wanted:
     )
 
 
-def _pick(
-    backend: StorageBackend, name: str, asked: Asked, rejected: Set[CommitKey], notes: list[str]
-) -> _Picked:
+def _pick(backend: StorageBackend, name: str, asked: Asked, rejected: Rejected, notes: list[str]) -> _Picked:
     """Chooses the newest commit that was not rejected; on the leader."""
     commit, newest = run_sync(catalog.pick(backend, name, asked.step, rejected, notes))
     return _Picked(commit, newest, asked)

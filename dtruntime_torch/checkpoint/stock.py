@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from dtruntime_torch.checkpoint import catalog, names
 from dtruntime_torch.checkpoint.look import Manifests, Noted
 from dtruntime_torch.checkpoint.manifest import Commit
 from dtruntime_torch.checkpoint.names import Attempt, CommitKey
-from dtruntime_torch.errors import CleaningBlocked, CorruptCheckpoint, NewerFormat, NotFound
+from dtruntime_torch.errors import CleaningBlocked, CorruptCheckpoint, NotFound
 from dtruntime_torch.storage.backend import StorageBackend
 
 
@@ -44,14 +45,16 @@ async def take_stock(
         StorageError: the storage failed.
     """
     # In this order: whoever commits meanwhile has written what it names before.
-    commits, blocked = await _read_commits(backend, name, voids)
+    commits, unreadable = await _read_commits(backend, name, voids)
     files = await catalog.attempt_files(backend, name)
     unfinished = await catalog.unfinished_files(backend, name)
+    blocked = [_advise(name, key, why, files.keys() | unfinished.keys()) for key, why in unreadable.items()]
     manifests.forget_others(files)
     noted: dict[str, Noted] = {}
+    committed = {commit.attempt: commit.manifest_sha256 for commit in commits.values()}
     for attempt in (attempt for attempt, listed in files.items() if catalog.has_manifest(listed)):
         try:
-            one = await manifests.read(attempt)
+            one = await manifests.read(attempt, committed.get(attempt))
         except CleaningBlocked as error:
             blocked.append(str(error))
         else:
@@ -67,8 +70,9 @@ async def take_stock(
 
 async def _read_commits(
     backend: StorageBackend, name: str, voids: set[CommitKey]
-) -> tuple[dict[CommitKey, Commit], list[str]]:
-    commits, blocked = {}, []
+) -> tuple[dict[CommitKey, Commit], dict[CommitKey, str]]:
+    """Those that can be read, and why the others cannot."""
+    commits, unreadable = {}, {}
     for key in await catalog.commit_keys(backend, name):
         if key in voids:
             continue
@@ -76,18 +80,24 @@ async def _read_commits(
             commit = await catalog.read_commit(backend, name, key)
         except NotFound:
             continue
-        except (CorruptCheckpoint, NewerFormat) as error:
-            attempt = Attempt(*key, 1).path
-            blocked.append(
-                f"nothing of {name} is deleted, for a commit cannot be read: {error}. Give its attempt up with "
-                f"`dtruntime drop PATH {name} {attempt}`"
-            )
+        except CorruptCheckpoint as error:
+            unreadable[key] = str(error)
             continue
         if commit.void:
             voids.add(key)
         else:
             commits[key] = commit
-    return commits, blocked
+    return commits, unreadable
+
+
+def _advise(name: str, key: CommitKey, why: str, attempts: Collection[str]) -> str:
+    """What to do about a commit that cannot be read: which try it is of, it does not tell."""
+    parsed = [attempt for attempt in map(names.parse_attempt, attempts) if attempt is not None]
+    tries = sorted(attempt.number for attempt in parsed if attempt.key == key) or [1]
+    drops = ", or ".join(f"`dtruntime drop PATH {name} {Attempt(*key, number).path}`" for number in tries)
+    return (
+        f"nothing of {name} is deleted, for a commit cannot be read: {why}. Give its attempt up with {drops}"
+    )
 
 
 async def _check(

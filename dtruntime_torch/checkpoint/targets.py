@@ -107,7 +107,7 @@ class Targets:
         inside = [key for key in keys or () if lies_in(key, (node.fqn,))]
         if inside and not isinstance(node.value, torch.nn.Module):
             raise InvalidArgument(
-                f"the key {inside[0]!r} names a part of {node.fqn!r}, a {type(node.value).__name__}, which is loaded "
+                f"the key {inside[0]!r} names a part of {node.fqn!r} of type {type(node.value).__name__}, which is loaded "
                 f"whole or not at all; give {node.fqn!r}"
             )
         return bool(inside)

@@ -8,16 +8,15 @@ import typer
 
 from dtruntime_torch.checkpoint import names
 from dtruntime_torch.checkpoint.cleaning import Cleaner
+from dtruntime_torch.cli.place import find_root
 from dtruntime_torch.cli.prune import print_report, say_if_slow
 from dtruntime_torch.cli.screen import screen
 from dtruntime_torch.errors import InvalidArgument
-from dtruntime_torch.storage import backend_for, run_sync
+from dtruntime_torch.storage import run_sync
 
 
 def drop(
-    path: Annotated[
-        str, typer.Argument(help="The folder of checkpoints, as the CheckpointManager was given it.")
-    ],
+    path: Annotated[str, typer.Argument(help="The folder of checkpoints, or the one NAME below it.")],
     name: Annotated[str, typer.Argument(help="The name of the checkpoint.")],
     attempt: Annotated[str, typer.Argument(help="Its folder, such as step-00000100/0007-1.")],
     yes: Annotated[bool, typer.Option("--yes", help="Do it; it cannot be undone.")] = False,
@@ -37,7 +36,7 @@ def drop(
             f"step {found.step} of {name}, as generation {found.generation} saved it, would be deleted for good; "
             f"repeat the command with --yes if nobody needs it"
         )
-    backend = backend_for(path)
+    backend = find_root(path, name, found)
     say_if_slow(backend)
     report = run_sync(Cleaner(backend, name).drop(found))
     screen().print(f"{name} {found.path}: given up")

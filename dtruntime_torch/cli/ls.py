@@ -15,7 +15,7 @@ from dtruntime_torch.checkpoint.names import CommitKey
 from dtruntime_torch.checkpoint.verify import is_committed
 from dtruntime_torch.cli.place import Place, find_place
 from dtruntime_torch.cli.screen import one_line, screen
-from dtruntime_torch.errors import CheckpointNotFound, CorruptCheckpoint, NotFound
+from dtruntime_torch.errors import CheckpointNotFound, CorruptCheckpoint, NewerFormat, NotFound
 from dtruntime_torch.storage import StorageBackend, run_sync
 
 SHA256_DIGITS = 12
@@ -25,12 +25,13 @@ NUMBERS = ("step", "generation", "ranks", "size", "written")
 
 @dataclass(frozen=True, slots=True)
 class _Line:
-    """A checkpoint: its manifest and that one's SHA-256 in hex, or what is wrong with it."""
+    """A checkpoint: its manifest and that one's SHA-256 in hex, or what it is instead, and why."""
 
     name: str
     key: CommitKey
     manifest: Manifest | None
     sha256: str
+    instead: str
     fault: str
 
 
@@ -39,7 +40,7 @@ def ls(
 ) -> None:
     """Lists the checkpoints, oldest first.
 
-    Exits with 1 when a manifest is damaged. Whether the data is sound, `verify` tells.
+    Exits with 1 when a manifest is damaged, or needs a later version of this package ("newer"). Whether the data is sound, `verify` tells.
     """
     lines = run_sync(_look(find_place(path)))
     if not lines:
@@ -78,13 +79,16 @@ async def _line(backend: StorageBackend, name: str, key: CommitKey) -> _Line | N
     except NotFound:
         return None
     except CorruptCheckpoint as error:
-        return _Line(name, key, None, "", str(error)) if await is_committed(backend, name, key) else None
-    return _Line(name, key, manifest, commit.manifest_sha256, "")
+        fault = _Line(name, key, None, "", "damaged", str(error))
+        return fault if await is_committed(backend, name, key) else None
+    except NewerFormat as error:
+        return _Line(name, key, None, "", "newer", str(error))
+    return _Line(name, key, manifest, commit.manifest_sha256, "", "")
 
 
 def _cells(line: _Line) -> tuple[str, ...]:
     if line.manifest is None:
-        return "damaged", "", "", "", "", ""
+        return line.instead, "", "", "", "", ""
     manifest = line.manifest
     return (
         manifest.created.replace("T", " "),

@@ -22,7 +22,7 @@ def prune(
     path: Annotated[str, typer.Argument(help="The folder of checkpoints, or one <name> below it.")],
     name: Annotated[str | None, typer.Argument(help="Which name; all of them without it.")] = None,
     *,
-    keep_last: Annotated[int, typer.Option(min=1, help="Keep that many of the newest.")],
+    keep_last: Annotated[int | None, typer.Option(min=1, help="Keep that many of the newest.")] = None,
     keep_every: Annotated[
         int | None, typer.Option(min=1, help="Keep those whose step is a multiple of it.")
     ] = None,
@@ -32,10 +32,12 @@ def prune(
 ) -> None:
     """Deletes what no option keeps, and what jobs left that died; the newest checkpoint always stays.
 
-    Works beside a job that saves. Exits with 1 when something stays that should go.
+    At least one option must say what to keep. Works beside a job that saves. Exits with 1 when something stays that should go.
     """
     best = None if keep_best is None else _parse_best(keep_best)
-    policy = RetentionPolicy(keep_last, keep_every, best, frozenset(pin or ()))
+    if keep_last is None and keep_every is None and best is None and not pin:
+        raise InvalidArgument("say what to keep: give --keep-last, --keep-every, --keep-best or --pin")
+    policy = RetentionPolicy(1 if keep_last is None else keep_last, keep_every, best, frozenset(pin or ()))
     place = find_place(path)
     if name is not None and name not in place.names:
         raise CheckpointNotFound(f"there is no checkpoint called {name} in {path}")

@@ -11,6 +11,7 @@ from dtruntime_torch.storage.backend import StorageBackend
 from dtruntime_torch.storage.local import LocalBackend
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(/?)")
+_MEMBERS = tuple(member for member in vars(StorageBackend) if not member.startswith("_"))
 
 
 def backend_for(target: str | os.PathLike[str] | StorageBackend) -> StorageBackend:
@@ -28,6 +29,9 @@ def backend_for(target: str | os.PathLike[str] | StorageBackend) -> StorageBacke
     if not isinstance(target, (str, os.PathLike)):
         if isinstance(target, StorageBackend):
             return target
+        lacks = [member for member in _MEMBERS if not hasattr(target, member)]
+        if len(lacks) < len(_MEMBERS):
+            raise InvalidArgument(f"{target!r} is no StorageBackend: it lacks {', '.join(lacks)}")
         raise InvalidArgument(f"{target!r} is no place to store in: give a path, a URL or a StorageBackend")
     url = _URL.match(os.fspath(target))
     if url is None:

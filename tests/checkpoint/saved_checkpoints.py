@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +13,8 @@ from numpy.typing import NDArray
 
 from dtruntime_torch.checkpoint.format.records import Commit, Manifest, PartRef
 from dtruntime_torch.checkpoint.layout import Layout, make_layout
-from dtruntime_torch.checkpoint.manifest import encode_commit, encode_manifest
-from dtruntime_torch.checkpoint.names import Attempt, CommitKey, commit_path
+from dtruntime_torch.checkpoint.manifest import decode_commit, encode_commit, encode_manifest
+from dtruntime_torch.checkpoint.names import Attempt, CommitKey, commit_path, manifest_path
 from dtruntime_torch.checkpoint.objects import Json
 from dtruntime_torch.checkpoint.shard_file import write_shard
 from dtruntime_torch.checkpoint.specs import SavePlan, TensorSpec
@@ -159,6 +160,17 @@ def void(backend: StorageBackend, saved: Saved) -> None:
     """Gives a checkpoint up, as a sweep or a prune does."""
     record = Commit(saved.manifest.name, *saved.key, "", "", void=True)
     run_sync(backend.write(saved.commit_path, encode_commit(record)))
+
+
+def make_newer(backend: StorageBackend, name: str, key: CommitKey) -> None:
+    """Makes a checkpoint a sound one of a later version, which uses a feature that this one does not know."""
+    path = commit_path(name, key)
+    record = decode_commit(bytes(run_sync(backend.read(path))), path)
+    manifest = manifest_path(name, record.attempt)
+    data = bytes(run_sync(backend.read(manifest))).replace(b'"requires":[]', b'"requires":["chains"]')
+    newer = dataclasses.replace(record, manifest_sha256=hashlib.sha256(data).hexdigest())
+    run_sync(backend.write(manifest, data))
+    run_sync(backend.write(path, encode_commit(newer)))
 
 
 def flip(backend: StorageBackend, path: str, at: int) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping, Sequence
 
 import pytest
 
@@ -16,7 +17,7 @@ from dtruntime_torch.checkpoint.manifest import (
     encode_part,
 )
 from dtruntime_torch.checkpoint.names import Attempt, CommitKey
-from dtruntime_torch.errors import CheckpointNotFound, CorruptCheckpoint, NotFound
+from dtruntime_torch.errors import CheckpointNotFound, CorruptCheckpoint, Damage, NotFound
 from dtruntime_torch.storage import MemoryBackend, run_sync
 from tests.checkpoint.record_builders import BASE, sample_delta, sample_manifest, sample_part
 
@@ -292,11 +293,11 @@ def test_a_listing_that_never_agrees_with_the_files_ends(shelf):
 def pick(
     shelf: Shelf,
     step: int | None = None,
-    rejected: set[CommitKey] = frozenset(),  # type: ignore[assignment]
+    rejected: Mapping[CommitKey, Sequence[Damage]] | None = None,
     notes: list[str] | None = None,
 ):
     notes = [] if notes is None else notes
-    commit, newest = run_sync(catalog.pick(shelf.backend, "model", step, rejected, notes))
+    commit, newest = run_sync(catalog.pick(shelf.backend, "model", step, rejected or {}, notes))
     return commit.key, newest
 
 
@@ -305,7 +306,7 @@ def test_pick_takes_the_newest_that_was_not_rejected(shelf):
     shelf.put_commit(7, 100)
     shelf.put_commit(7, 200, void=True)
     assert pick(shelf) == ((7, 100), (7, 100))
-    assert pick(shelf, rejected={KEY}) == ((6, 900), (7, 100))
+    assert pick(shelf, rejected={KEY: ()}) == ((6, 900), (7, 100))
 
 
 def prune_while_it_reads(shelf: Shelf) -> None:
@@ -389,4 +390,4 @@ def test_pick_says_which_steps_there_are(shelf):
 def test_where_all_is_damaged_it_is_no_fresh_start(shelf):
     shelf.put_commit(7, 100)
     with pytest.raises(CorruptCheckpoint, match="every checkpoint"):
-        pick(shelf, rejected={KEY})
+        pick(shelf, rejected={KEY: ()})

@@ -15,6 +15,7 @@ from dtruntime_torch.storage import MemoryBackend, run_sync
 from dtruntime_torch.testing.faulty_backend import Call, FaultyBackend, Stopped, killed, lost_answer, not_done
 from tests.checkpoint.commits import NAME, Time
 from tests.checkpoint.lineages import Shelf
+from tests.checkpoint.saved_checkpoints import make_newer
 
 KEEP_ONE = RetentionPolicy(keep_last_n=1)
 
@@ -238,3 +239,41 @@ def test_a_prune_by_hand_waits_until_others_see_the_change(shelf, backend):
     old, _ = shelf.put(1, 1), shelf.put(1, 2)
     assert run_sync(cleaner.prune()).attempts == (old.path,)
     assert sum(time.slept) == 90.0
+
+
+def test_of_a_sound_one_of_a_later_version_only_the_upgrade_is_advised(shelf, backend):
+    for step in (1, 2, 3):
+        shelf.put(1, step)
+    make_newer(backend, NAME, CommitKey(1, 2))
+    before = shelf.files()
+    (reason,) = run_sync(Cleaner(backend, NAME, KEEP_ONE).prune()).blocked
+    assert "chains" in reason and "upgrade" in reason
+    assert "drop" not in reason and "epair" not in reason
+    assert shelf.files() == before
+
+
+@pytest.mark.parametrize("tries", [(2,), (2, 3), ()])
+def test_of_a_commit_that_cannot_be_read_the_tries_that_are_there_are_named(shelf, backend, tries):
+    shelf.write(commit_path(NAME, CommitKey(1, 2)), b"{}")
+    for number in tries:
+        shelf.put_intent(Attempt(1, 2, number))
+    shelf.put_intent(Attempt(1, 3, 7))
+    (reason,) = run_sync(Cleaner(backend, NAME, KEEP_ONE).prune()).blocked
+    advised = [f"`dtruntime drop PATH {NAME} {Attempt(1, 2, number).path}`" for number in tries or (1,)]
+    assert reason.endswith(f"Give its attempt up with {', or '.join(advised)}")
+
+
+@pytest.mark.parametrize("how", ["sound", "commit", "uncommitted", "another try"])
+def test_a_committed_one_that_is_dropped_is_counted(shelf, backend, how):
+    for step in (1, 2, 3):
+        shelf.put(1, step)
+    attempt = Attempt(1, 2, 1)
+    if how == "commit":
+        shelf.write(commit_path(NAME, attempt.key), b"{}")
+    elif how == "uncommitted":
+        attempt = shelf.put_intent(Attempt(1, 9, 1))
+    elif how == "another try":
+        attempt = shelf.put_intent(Attempt(1, 2, 2))
+    report = run_sync(Cleaner(backend, NAME).drop(attempt))
+    assert report.commits == ((attempt.key,) if how in ("sound", "commit") else ())
+    assert report.attempts == (attempt.path,)

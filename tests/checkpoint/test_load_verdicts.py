@@ -105,3 +105,18 @@ def test_ranks_that_need_some_in_common_are_told_all_needs():
 
 def test_ranks_that_need_nothing_in_common_share_nothing():
     assert verdict(sound(), sound(needs=[0, 1, 1, 0, 1]))["nodes"] == []
+
+
+@pytest.mark.parametrize(
+    ("differences", "missing", "strict", "advised"),
+    [
+        ([], ["new"], True, True),
+        (["a: checkpoint (2,), state (3,)"], [], True, False),
+        (["a: checkpoint (2,), state (3,)"], ["new"], True, False),
+        (["a: checkpoint (2,), state (3,)"], ["new"], False, False),
+    ],
+)
+def test_what_would_not_help_is_not_advised(differences, missing, strict, advised):
+    found = verdict(sound(differences=differences, missing=missing), strict=strict)
+    assert found["verdict"] == "differs"
+    assert ("strict=False" in str(found["message"])) == advised and "give keys" in str(found["message"])

@@ -83,7 +83,7 @@ def test_one_that_was_read_before_and_is_gone_is_not_needed(shelf, backend):
     assert needed(backend, manifests) == set()
 
 
-@pytest.mark.parametrize("data", [b"", b"{}", b'{"format":"dtruntime.manifest","version":2}'])
+@pytest.mark.parametrize("data", [b"", b"{}"])
 def test_one_that_cannot_be_understood_is_named_with_the_command_that_drops_it(shelf, backend, data):
     shelf.put(1, 1)
     attempt = shelf.put(1, 2)
@@ -122,3 +122,13 @@ def test_folders_that_are_no_attempts_are_none_of_its_business(shelf, backend):
     for path in ("step-1/0001-1", "step-00000001/notes", "other/step-00000001/0001-1"):
         shelf.write(f"{NAME}/{path}/manifest.json", b"not ours")
     assert needed(backend) == set()
+
+
+def test_one_of_a_later_version_blocks_until_the_upgrade(shelf, backend):
+    attempt = shelf.put(1, 2)
+    data = b'{"format":"dtruntime.manifest","version":2}'
+    shelf.write(f"{NAME}/{attempt.path}/manifest.json", data)
+    with pytest.raises(CleaningBlocked, match="upgrade") as caught:
+        needed(backend)
+    assert f"{NAME}/{attempt.path}/manifest.json" in str(caught.value)
+    assert "drop" not in str(caught.value) and "epair" not in str(caught.value)

@@ -72,7 +72,7 @@ def test_a_key_that_only_the_checkpoint_has_is_unexpected(saved):
 def test_an_optimizer_is_loaded_whole(saved):
     manager, _ = saved
     state = fresh()
-    with pytest.raises(InvalidArgument, match="'optimizer', a AdamW, which is loaded whole"):
+    with pytest.raises(InvalidArgument, match="'optimizer' of type AdamW, which is loaded whole"):
         manager.load(state, keys=["optimizer.state"])
     manager.load(state, keys=["optimizer"])
     assert len(state["optimizer"].state) == 4

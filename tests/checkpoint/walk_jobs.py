@@ -79,7 +79,7 @@ def save(code: Code, step: int, delta: bool = False, sweeps: bool = False, retai
 async def load_base(backend: Scheduled, generation: int) -> Base | None:
     """What another incarnation committed, to save against; the format allows it, managers do not do it yet."""
     try:
-        commit, _ = await catalog.pick(backend, NAME, None, set(), [])
+        commit, _ = await catalog.pick(backend, NAME, None, {}, [])
         manifest = await catalog.read_manifest(backend, commit)
         part = await catalog.read_part(backend, manifest, 0)
     except (CheckpointNotFound, CorruptCheckpoint):

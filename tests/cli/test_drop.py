@@ -29,9 +29,10 @@ def test_what_is_dropped_is_void_and_gone(tmp_path, shelf):
     attempt = Attempt(1, 200, 1)
     result = drop(tmp_path, "model", attempt.path, "--yes")
     assert result.exit_code == 0, result.output
-    first, last = result.stdout.splitlines()
+    first, which, last = result.stdout.splitlines()
+    assert which == "model step 200 generation 1: deleted"
     assert first == "model step-00000200/0001-1: given up"
-    assert last.startswith("model: 0 checkpoints and the files of 1 attempt deleted, ")
+    assert last.startswith("model: 1 checkpoint and the files of 1 attempt deleted, ")
     assert shelf.commits()[attempt.key].void
     assert shelf.attempts() == {Attempt(1, 100, 1).path} and shelf.broken() == []
 
@@ -83,3 +84,19 @@ def test_what_is_no_attempt_there_is_an_error_of_one_line(tmp_path, shelf, attem
 @pytest.mark.parametrize("arguments", [[], ["."], [".", "model"]])
 def test_wrong_usage_has_the_status_2(arguments):
     assert drop(*arguments).exit_code == 2
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_the_path_may_be_that_of_the_name(tmp_path, committed):
+    shelf = Shelf(LocalBackend(tmp_path))
+    attempt = shelf.put(1, 100) if committed else shelf.put_intent(Attempt(1, 100, 1))
+    result = drop(tmp_path / "model", "model", attempt.path, "--yes")
+    assert result.exit_code == 0, result.output
+    assert shelf.attempts() == set() and shelf.commits()[attempt.key].void
+
+
+def test_a_root_that_is_called_as_the_name_is_a_root(tmp_path):
+    shelf = Shelf(LocalBackend(tmp_path / "model"))
+    attempt = shelf.put(1, 100)
+    assert drop(tmp_path / "model", "model", attempt.path, "--yes").exit_code == 0
+    assert shelf.attempts() == set()

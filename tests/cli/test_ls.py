@@ -14,7 +14,7 @@ from dtruntime_torch.cli.app import app
 from dtruntime_torch.cli.ls import TITLES
 from dtruntime_torch.storage import LocalBackend, run_sync
 from dtruntime_torch.testing.faulty_backend import FaultyBackend, not_done
-from tests.checkpoint.saved_checkpoints import Saved, flip, save, void
+from tests.checkpoint.saved_checkpoints import Saved, flip, make_newer, save, void
 
 
 def ls(path: Path | str) -> Result:
@@ -93,6 +93,19 @@ def test_a_damaged_checkpoint_is_marked_and_the_status_is_1(
     assert second[:3] == ["model", "200", "1"]
     (fault,) = faults
     assert getattr(damaged, which) in " ".join(fault)
+
+
+def test_one_of_a_later_version_is_marked_and_the_status_is_1(tmp_path: Path, backend: LocalBackend) -> None:
+    newer = save(backend, step=100)
+    save(backend, step=200)
+    make_newer(backend, "model", newer.key)
+    result = ls(tmp_path)
+    assert result.exit_code == 1
+    _, first, second, *faults = lines(result)
+    assert first == ["model", "100", "1", "newer"]
+    assert second[:3] == ["model", "200", "1"]
+    (fault,) = faults
+    assert "upgrade" in " ".join(fault) and newer.manifest_path in " ".join(fault)
 
 
 def test_damaged_data_is_not_looked_for(tmp_path: Path, backend: LocalBackend) -> None:

@@ -109,3 +109,25 @@ def test_a_name_that_is_not_there_is_an_error_of_one_line(tmp_path, shelf):
 
 def test_a_metric_without_a_name_is_refused(tmp_path, shelf):
     assert prune(tmp_path, "--keep-last", 1, "--keep-best", "").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        (["--keep-every", 200], [200, 300]),
+        (["--pin", 100], [100, 300]),
+        (["--pin", 0], [300]),
+        (["--keep-best", "accuracy:max"], [100, 300]),
+    ],
+)
+def test_each_option_suffices_and_the_newest_stays(tmp_path, shelf, options, kept):
+    result = prune(tmp_path, *options)
+    assert result.exit_code == 0, result.output
+    assert shelf.steps() == kept
+
+
+def test_without_any_option_it_says_what_to_give(tmp_path, shelf):
+    result = prune(tmp_path)
+    assert result.exit_code == 2 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and "--keep-last" in result.stderr and "--pin" in result.stderr
+    assert shelf.steps() == [100, 200, 300]

@@ -78,3 +78,17 @@ def test_a_file_url_that_names_no_local_folder_is_refused(target: str) -> None:
 def test_what_is_no_target_is_refused(target: object) -> None:
     with pytest.raises(InvalidArgument):
         backend_for(target)  # type: ignore[arg-type]
+
+
+def test_what_a_backend_lacks_is_named() -> None:
+    class Partial:
+        settle_seconds = 0.0
+
+        async def write(self, path: str, data: object) -> None: ...
+
+        async def read(self, path: str) -> bytes:
+            return b""
+
+    lacks = "create, read_range, size, list, delete, unfinished, discard_unfinished"
+    with pytest.raises(InvalidArgument, match=f"lacks {lacks}$"):
+        backend_for(Partial())  # type: ignore[arg-type]
