@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Collection, Iterable
 from types import TracebackType
 from typing import get_args
@@ -11,7 +12,7 @@ from typing import get_args
 from torch.distributed.distributed_c10d import ProcessGroup, Store
 
 from dtruntime_torch.checkpoint import catalog, restore
-from dtruntime_torch.checkpoint.arguments import check_step
+from dtruntime_torch.checkpoint.arguments import check_pinned, check_step
 from dtruntime_torch.checkpoint.delta import DeltaPolicy
 from dtruntime_torch.checkpoint.handle import SaveHandle
 from dtruntime_torch.checkpoint.info import CheckpointInfo, LoadedCheckpoint
@@ -22,6 +23,7 @@ from dtruntime_torch.checkpoint.prune_plan import PruneReport
 from dtruntime_torch.checkpoint.retention import KeepBest, RetentionPolicy
 from dtruntime_torch.checkpoint.save import OnFailure, Saver
 from dtruntime_torch.checkpoint.verify import VerifyReport, find_commit, verify
+from dtruntime_torch.counts import check_count, check_number
 from dtruntime_torch.errors import CorruptCheckpoint, DTRuntimeError, InvalidArgument
 from dtruntime_torch.membership import join
 from dtruntime_torch.retry import RetryPolicy
@@ -86,11 +88,12 @@ class CheckpointManager:
         store: Store | None = None,
     ) -> None:
         check_name(name)
-        if not 4096 <= chunk_bytes <= 1 << 30:
-            raise InvalidArgument(f"chunk_bytes is {chunk_bytes}; choose from 4096 to {1 << 30}")
-        if not timeout > 0:
-            raise InvalidArgument(f"timeout is {timeout}; it is a positive number of seconds")
-        policy = RetentionPolicy(keep_last_n, keep_every_n_steps, keep_best, frozenset(pinned_steps))
+        check_count("chunk_bytes", chunk_bytes, 4096, 1 << 30)
+        if not 0 < check_number("timeout", timeout) <= threading.TIMEOUT_MAX:
+            raise InvalidArgument(
+                f"timeout is {timeout}; it is a positive number of seconds, and a finite one"
+            )
+        policy = RetentionPolicy(keep_last_n, keep_every_n_steps, keep_best, check_pinned(pinned_steps))
         if on_failure not in get_args(OnFailure):
             raise InvalidArgument(f'on_failure is {on_failure!r}; it is "warn" or "raise"')
         self.name = name
@@ -121,15 +124,18 @@ class CheckpointManager:
 
     @property
     def failed_saves(self) -> int:
-        """How many saves of this manager became no checkpoint, whether the call or the handle told it."""
+        """How many saves of this manager became no checkpoint, whether the call or the handle told it.
+
+        A call whose arguments are refused (InvalidArgument, UnsupportedType) began none.
+        """
         return self._saver.health.failed_saves
 
     @property
-    def age_of_last_good(self) -> float | None:
-        """Seconds since this manager last made or loaded a checkpoint; None if it did neither.
+    def age_of_last_good(self) -> float:
+        """Seconds since this manager last made or loaded a checkpoint; before the first, since it was made itself.
 
         Example: a job that would rather stop than train on for an hour that nothing would keep
-            if (manager.age_of_last_good or 0.0) > 3600:
+            if manager.age_of_last_good > 3600:
                 raise RuntimeError("nothing was saved for an hour")
         """
         return self._saver.health.age_of_last_good

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from dtruntime_torch.checkpoint.format.records import Commit, FileRef, Part, TensorEntry
 from dtruntime_torch.checkpoint.layout import Layout
 from dtruntime_torch.checkpoint.specs import Extent
+from dtruntime_torch.counts import check_count, check_number
 from dtruntime_torch.errors import InvalidArgument
 
 Integers = NDArray[np.int64]
@@ -46,14 +47,12 @@ class DeltaPolicy:
     full_every: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.max_changed <= 1:
+        if not 0 <= check_number("max_changed", self.max_changed) <= 1:
             raise InvalidArgument(f"max_changed is {self.max_changed}; it is a share, from 0 to 1")
-        if self.max_files < 2:
-            raise InvalidArgument(
-                f"max_files is {self.max_files}; a delta reads from two files, so it is at least 2"
-            )
-        if self.full_every is not None and self.full_every < 1:
-            raise InvalidArgument(f"full_every is {self.full_every}; it is a number of saves, or None")
+        # A delta reads from two files.
+        check_count("max_files", self.max_files, least=2)
+        if self.full_every is not None:
+            check_count("full_every", self.full_every)
 
     def asks_for_full(self, changed: int, nbytes: int, files: int, deltas: int) -> bool:
         """Whether the next save is to be full.

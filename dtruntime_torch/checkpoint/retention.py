@@ -9,6 +9,7 @@ from typing import Literal
 
 from dtruntime_torch.checkpoint.names import CommitKey
 from dtruntime_torch.checkpoint.objects import Json
+from dtruntime_torch.counts import check_count
 from dtruntime_torch.errors import InvalidArgument
 
 
@@ -38,7 +39,7 @@ class KeepBest:
     def __post_init__(self) -> None:
         if type(self.metric) is not str or not self.metric:
             raise InvalidArgument(f"the metric of keep_best is {self.metric!r}; it is a key of the metadata")
-        _check_count("n of keep_best", self.n)
+        check_count("n of keep_best", self.n)
         if self.mode not in ("min", "max"):
             raise InvalidArgument(f"the mode of keep_best is {self.mode!r}; it is 'min' or 'max'")
 
@@ -71,9 +72,9 @@ class RetentionPolicy:
 
     def __post_init__(self) -> None:
         if self.keep_last_n is not None:
-            _check_count("keep_last_n", self.keep_last_n)
+            check_count("keep_last_n", self.keep_last_n)
         if self.keep_every_n_steps is not None:
-            _check_count("keep_every_n_steps", self.keep_every_n_steps)
+            check_count("keep_every_n_steps", self.keep_every_n_steps)
         if not (self.keep_best is None or isinstance(self.keep_best, KeepBest)):
             raise InvalidArgument(
                 f"keep_best is {self.keep_best!r}; it is a KeepBest, such as KeepBest('loss')"
@@ -116,8 +117,3 @@ def _rank(best: KeepBest | None, metadata: Json, key: CommitKey) -> tuple[float,
     if not isinstance(value, (int, float)) or isinstance(value, bool) or math.isnan(value):
         return -math.inf, key
     return (float(value) if best is not None and best.mode == "max" else -float(value)), key
-
-
-def _check_count(what: str, count: object) -> None:
-    if type(count) is not int or count < 1:
-        raise InvalidArgument(f"{what} is {count!r}; it is a whole number from 1")

@@ -198,7 +198,18 @@ def test_a_state_without_bytes_never_asks_for_a_full_save():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"max_changed": -0.1}, {"max_changed": 1.1}, {"max_files": 1}, {"full_every": 0}]
+    "bad",
+    [
+        {"max_changed": -0.1},
+        {"max_changed": 1.1},
+        {"max_changed": "x"},
+        {"max_changed": True},
+        {"max_files": 1},
+        {"max_files": 2.5},
+        {"full_every": 0},
+        {"full_every": 1.5},
+        {"full_every": True},
+    ],
 )
 def test_a_policy_out_of_range_is_refused(bad):
     with pytest.raises(InvalidArgument, match=next(iter(bad))):
