@@ -37,7 +37,7 @@ from dtruntime_torch.checkpoint.snapshot import Snapshot
 from dtruntime_torch.checkpoint.specs import FlatSpecs, SavePlan
 from dtruntime_torch.checkpoint.stager import Stager
 from dtruntime_torch.checkpoint.staging import make_room, stage
-from dtruntime_torch.errors import BarrierTimeout, CommitConflict, InvalidArgument
+from dtruntime_torch.errors import BarrierTimeout, CommitConflict, InvalidArgument, UnsupportedType
 from dtruntime_torch.membership import Membership
 from dtruntime_torch.retry import RetryPolicy
 from dtruntime_torch.storage import StorageBackend
@@ -118,7 +118,7 @@ class Saver:
                 self.wait()
                 self._tell_of_failure()
                 metrics.wait_seconds = time.perf_counter() - began
-                with self._counting():
+                with self._counting(refusals=(InvalidArgument, UnsupportedType)):
                     snapshot = self._take(key, state, check_step(step), check_metadata(metadata), metrics)
                 future = self._executor.submit(self._publish, snapshot)
             self._handle = SaveHandle(snapshot.step, metrics, future)
@@ -265,9 +265,11 @@ class Saver:
                 snapshot.image.release()
 
     @contextmanager
-    def _counting(self) -> Iterator[None]:
+    def _counting(self, refusals: tuple[type[Exception], ...] = ()) -> Iterator[None]:
         try:
             yield
+        except refusals:
+            raise
         except BaseException:
             self.health.note_failure()
             raise
