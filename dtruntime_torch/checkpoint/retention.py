@@ -99,6 +99,23 @@ class RetentionPolicy:
             kept |= set(ranked[-self.keep_best.n :])
         return kept
 
+    def missed_metric(self, metadata: Mapping[CommitKey, Json]) -> str | None:
+        """What is amiss if `keep_best` has nothing to choose by; None if some checkpoint has the metric.
+
+        Args:
+            metadata: as for `kept`.
+        """
+        best = self.keep_best
+        if best is None or not metadata or any(_value(best, one) is not None for one in metadata.values()):
+            return None
+        newest = max(metadata)
+        told = metadata[newest]
+        keys = sorted(told) if isinstance(told, dict) else []
+        return (
+            f"keep_best goes by {best.metric!r}, and no checkpoint has a number of that name in its metadata: that "
+            f"of the newest, step {newest.step}, has the keys {keys}"
+        )
+
     def _keeps_step(self, step: int) -> bool:
         every = self.keep_every_n_steps
         return step in self.pinned_steps or (every is not None and step % every == 0)
@@ -113,7 +130,13 @@ def _newest_of_each_step(in_order: Collection[CommitKey]) -> Collection[CommitKe
 
 def _rank(best: KeepBest | None, metadata: Json, key: CommitKey) -> tuple[float, CommitKey]:
     """Greater is better; of equals the newest."""
-    value = metadata.get(best.metric) if best is not None and isinstance(metadata, dict) else None
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or math.isnan(value):
+    value = _value(best, metadata)
+    if best is None or value is None or math.isnan(value):
         return -math.inf, key
-    return (float(value) if best is not None and best.mode == "max" else -float(value)), key
+    return (value if best.mode == "max" else -value), key
+
+
+def _value(best: KeepBest | None, metadata: Json) -> float | None:
+    """The metric; None where there is no number."""
+    value = metadata.get(best.metric) if best is not None and isinstance(metadata, dict) else None
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
