@@ -219,7 +219,10 @@ class CheckpointManager:
         self._loads += 1
         self._saver.wait()
         key = f"load/{self._loads}"
-        loaded = restore.load(self._backend, self.name, self._members, state, step, key, keys, strict)
+        distrust = self._lineage.distrust
+        loaded = restore.load(
+            self._backend, self.name, self._members, state, step, key, keys, strict, distrust
+        )
         self._lineage.follow(loaded.info.key, loaded.newest)
         self._saver.health.note_good()
         return loaded.info
@@ -245,7 +248,8 @@ class CheckpointManager:
         name = self.name if name is None else name
         check_name(name)
         step = None if step is None else check_step(step)
-        return restore.load_fresh(self._backend, name, step, self._members.rank, keys)
+        distrust = self._lineage.distrust if name == self.name else None
+        return restore.load_fresh(self._backend, name, step, self._members.rank, keys, distrust)
 
     def latest(self) -> CheckpointInfo | None:
         """Describes the newest checkpoint whose manifest is readable, or None; its data is not read."""
@@ -278,6 +282,8 @@ class CheckpointManager:
     def verify(self, step: int | None = None) -> VerifyReport:
         """Reads every byte of a checkpoint on this process alone and checks it against its digests.
 
+        If it is damaged, no delta goes on from it: where the next one would, that save is full, on all ranks.
+
         Args:
             step: which one (of its newest generation); None for the newest.
 
@@ -285,7 +291,10 @@ class CheckpointManager:
             CheckpointNotFound: there is no such checkpoint.
         """
         step = None if step is None else check_step(step)
-        return run_sync(_verify_step(self._backend, self.name, step))
+        report = run_sync(_verify_step(self._backend, self.name, step))
+        if not report.ok:
+            self._lineage.distrust(CommitKey(report.generation, report.step))
+        return report
 
     def close(self) -> None:
         """Waits for the save that is under way and gives the memory back; more calls do nothing.

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from dtruntime_torch.checkpoint.format.records import Commit, FileRef, Part, TensorEntry
 from dtruntime_torch.checkpoint.layout import Layout
+from dtruntime_torch.checkpoint.names import CommitKey
 from dtruntime_torch.checkpoint.specs import Extent
 from dtruntime_torch.counts import check_count, check_number
 from dtruntime_torch.errors import InvalidArgument
@@ -80,6 +81,7 @@ class Base:
         layout: of the image that the part describes.
         deltas: saves since the last full one, this one among them.
         full_next: the leader asked for a full save next.
+        since: the last full save. What was committed from it on, up to this, may hold what a delta uses.
     """
 
     commit: Commit
@@ -87,6 +89,7 @@ class Base:
     layout: Layout
     deltas: int
     full_next: bool
+    since: CommitKey
 
 
 @dataclass(frozen=True, slots=True)

@@ -258,7 +258,8 @@ class Publisher:
         if self._delta is not None and tried.part is not None:
             there = Commit(info.name, *info.key, tried.attempt.path, info.sha256)
             deltas = lineage.deltas_with(info.full)
-            lineage.base = Base(there, tried.part, snapshot.layout, deltas, answer.full_next)
+            since = info.key if info.full or lineage.base is None else lineage.base.since
+            lineage.base = Base(there, tried.part, snapshot.layout, deltas, answer.full_next, since)
         return info
 
     def _give_back(self, attempt: Attempt) -> None:
