@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader
 
 from dtruntime_torch.checkpoint.flatten import PerRank
 from dtruntime_torch.checkpoint.handle import SaveHandle
+from dtruntime_torch.checkpoint.objects import Json
+from dtruntime_torch.counts import check_count
 from dtruntime_torch.errors import CheckpointNotFound, InvalidArgument
 from dtruntime_torch.manager import CheckpointManager
 from dtruntime_torch.rng import RngState
@@ -44,6 +46,8 @@ class CheckpointHook:
         every_n_steps: optimizer steps from save to save.
         extra: name -> value, or anything with `state_dict` (GradScaler, EMA); belongs to the step like the scheduler.
         seed: for the generators of a rank that the checkpoint does not know.
+        metadata: called at each save, on every rank; what it returns is kept with the checkpoint as by
+            `CheckpointManager.save`, for `KeepBest` among others: `metadata=lambda: {"loss": loss.item()}`.
 
     Attributes:
         current_step: optimizer steps done, those before a restore included.
@@ -70,9 +74,11 @@ class CheckpointHook:
         every_n_steps: int = 100,
         extra: Mapping[str, object] | None = None,
         seed: int = 0,
+        metadata: Callable[[], Json] | None = None,
     ) -> None:
-        if every_n_steps < 1:
-            raise InvalidArgument(f"every_n_steps is {every_n_steps}; it is at least 1")
+        check_count("every_n_steps", every_n_steps)
+        if not (metadata is None or callable(metadata)):
+            raise InvalidArgument(f"metadata is {metadata!r}; give a function, which is called at each save")
         self.manager = manager
         self.sampler = sampler
         self.every_n_steps = every_n_steps
@@ -80,6 +86,7 @@ class CheckpointHook:
         self.last_save: SaveHandle | None = None
         self.stall_seconds = 0.0
         self._seed = seed
+        self._metadata = metadata
         self._rng = RngState()
         self._rng_to_put_back: dict[str, object] | None = None
         self._state = _collect(model, optimizer, scheduler, sampler, extra or {})
@@ -140,7 +147,8 @@ class CheckpointHook:
 
     def save(self) -> SaveHandle:
         """Saves now, in the background."""
-        self.last_save = self.manager.save_async(self._state, self.current_step)
+        metadata = None if self._metadata is None else self._metadata()
+        self.last_save = self.manager.save_async(self._state, self.current_step, metadata)
         self.stall_seconds += self.last_save.metrics.stall_seconds
         return self.last_save
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Collection, Iterable
 from types import TracebackType
 from typing import get_args
@@ -11,7 +12,7 @@ from typing import get_args
 from torch.distributed.distributed_c10d import ProcessGroup, Store
 
 from dtruntime_torch.checkpoint import catalog, restore
-from dtruntime_torch.checkpoint.arguments import check_step
+from dtruntime_torch.checkpoint.arguments import check_pinned, check_step
 from dtruntime_torch.checkpoint.delta import DeltaPolicy
 from dtruntime_torch.checkpoint.handle import SaveHandle
 from dtruntime_torch.checkpoint.info import CheckpointInfo, LoadedCheckpoint
@@ -22,7 +23,8 @@ from dtruntime_torch.checkpoint.prune_plan import PruneReport
 from dtruntime_torch.checkpoint.retention import KeepBest, RetentionPolicy
 from dtruntime_torch.checkpoint.save import OnFailure, Saver
 from dtruntime_torch.checkpoint.verify import VerifyReport, find_commit, verify
-from dtruntime_torch.errors import CorruptCheckpoint, DTRuntimeError, InvalidArgument, NewerFormat
+from dtruntime_torch.counts import check_count, check_number
+from dtruntime_torch.errors import CorruptCheckpoint, InvalidArgument, NewerFormat
 from dtruntime_torch.membership import join
 from dtruntime_torch.retry import RetryPolicy
 from dtruntime_torch.storage import StorageBackend, backend_for, run_sync
@@ -86,11 +88,12 @@ class CheckpointManager:
         store: Store | None = None,
     ) -> None:
         check_name(name)
-        if not 4096 <= chunk_bytes <= 1 << 30:
-            raise InvalidArgument(f"chunk_bytes is {chunk_bytes}; choose from 4096 to {1 << 30}")
-        if not timeout > 0:
-            raise InvalidArgument(f"timeout is {timeout}; it is a positive number of seconds")
-        policy = RetentionPolicy(keep_last_n, keep_every_n_steps, keep_best, frozenset(pinned_steps))
+        check_count("chunk_bytes", chunk_bytes, 4096, 1 << 30)
+        if not 0 < check_number("timeout", timeout) <= threading.TIMEOUT_MAX:
+            raise InvalidArgument(
+                f"timeout is {timeout}; it is a positive number of seconds, and a finite one"
+            )
+        policy = RetentionPolicy(keep_last_n, keep_every_n_steps, keep_best, check_pinned(pinned_steps))
         if on_failure not in get_args(OnFailure):
             raise InvalidArgument(f'on_failure is {on_failure!r}; it is "warn" or "raise"')
         self.name = name
@@ -121,15 +124,18 @@ class CheckpointManager:
 
     @property
     def failed_saves(self) -> int:
-        """How many saves of this manager became no checkpoint, whether the call or the handle told it."""
+        """How many saves of this manager became no checkpoint, whether the call or the handle told it.
+
+        A call whose arguments are refused (InvalidArgument, UnsupportedType) began none.
+        """
         return self._saver.health.failed_saves
 
     @property
-    def age_of_last_good(self) -> float | None:
-        """Seconds since this manager last made or loaded a checkpoint; None if it did neither.
+    def age_of_last_good(self) -> float:
+        """Seconds since this manager last made or loaded a checkpoint; before the first, since it was made itself.
 
         Example: a job that would rather stop than train on for an hour that nothing would keep
-            if (manager.age_of_last_good or 0.0) > 3600:
+            if manager.age_of_last_good > 3600:
                 raise RuntimeError("nothing was saved for an hour")
         """
         return self._saver.health.age_of_last_good
@@ -213,7 +219,10 @@ class CheckpointManager:
         self._loads += 1
         self._saver.wait()
         key = f"load/{self._loads}"
-        loaded = restore.load(self._backend, self.name, self._members, state, step, key, keys, strict)
+        distrust = self._lineage.distrust
+        loaded = restore.load(
+            self._backend, self.name, self._members, state, step, key, keys, strict, distrust
+        )
         self._lineage.follow(loaded.info.key, loaded.newest)
         self._saver.health.note_good()
         return loaded.info
@@ -239,7 +248,8 @@ class CheckpointManager:
         name = self.name if name is None else name
         check_name(name)
         step = None if step is None else check_step(step)
-        return restore.load_fresh(self._backend, name, step, self._members.rank, keys)
+        distrust = self._lineage.distrust if name == self.name else None
+        return restore.load_fresh(self._backend, name, step, self._members.rank, keys, distrust)
 
     def latest(self) -> CheckpointInfo | None:
         """Describes the newest checkpoint whose manifest is readable, or None; its data is not read.
@@ -278,6 +288,8 @@ class CheckpointManager:
     def verify(self, step: int | None = None) -> VerifyReport:
         """Reads every byte of a checkpoint on this process alone and checks it against its digests.
 
+        If it is damaged, no delta goes on from it: where the next one would, that save is full, on all ranks.
+
         Args:
             step: which one (of its newest generation); None for the newest.
 
@@ -285,7 +297,10 @@ class CheckpointManager:
             CheckpointNotFound: there is no such checkpoint.
         """
         step = None if step is None else check_step(step)
-        return run_sync(_verify_step(self._backend, self.name, step))
+        report = run_sync(_verify_step(self._backend, self.name, step))
+        if not report.ok:
+            self._lineage.distrust(CommitKey(report.generation, report.step))
+        return report
 
     def close(self) -> None:
         """Waits for the save that is under way and gives the memory back; more calls do nothing.
@@ -305,7 +320,7 @@ class CheckpointManager:
     ) -> None:
         try:
             self.close()
-        except DTRuntimeError as failure:
+        except Exception as failure:
             if error is None:
                 raise
             # What went wrong in the body is what the user has to see.

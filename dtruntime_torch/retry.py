@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from dtruntime_torch.counts import check_count, check_number
 from dtruntime_torch.errors import InvalidArgument
 
 
@@ -40,8 +41,9 @@ class RetryPolicy:
     deadline: float | None = None
 
     def __post_init__(self) -> None:
-        if self.attempts < 1:
-            raise InvalidArgument(f"attempts is {self.attempts}; the first try counts, so it is at least 1")
+        check_count("attempts", self.attempts)
+        for what in ("initial", "max", "factor", "jitter"):
+            check_number(what, getattr(self, what))
         if not 0 <= self.initial <= self.max < math.inf:
             raise InvalidArgument(
                 f"initial is {self.initial} and max {self.max}; both are seconds, and initial is not the longer"
@@ -52,7 +54,7 @@ class RetryPolicy:
             )
         if not 0 <= self.jitter <= 1:
             raise InvalidArgument(f"jitter is {self.jitter}; it is a share, from 0 to 1")
-        if self.deadline is not None and not self.deadline >= 0:
+        if self.deadline is not None and not check_number("deadline", self.deadline) >= 0:
             raise InvalidArgument(f"deadline is {self.deadline}; it is a number of seconds, or None")
 
     def delays(

@@ -10,6 +10,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]  # torch l
 
 from dtruntime_torch.checkpoint.handle import SaveHandle
 from dtruntime_torch.checkpoint.info import CheckpointInfo
+from dtruntime_torch.checkpoint.objects import Json
 from dtruntime_torch.manager import CheckpointManager
 from dtruntime_torch.storage import StorageBackend, backend_for
 
@@ -37,24 +38,27 @@ class CheckpointWriter:
         self._managers: dict[str, CheckpointManager] = {}
         self._lock = threading.Lock()
 
-    async def write_checkpoint(self, name: str, step: int, data: object) -> CheckpointInfo:
+    async def write_checkpoint(
+        self, name: str, step: int, data: object, metadata: Json = None
+    ) -> CheckpointInfo:
         """Saves and waits for the commit without blocking the event loop.
 
         Args:
             name: of the checkpoint.
             step: above the newest step of that name.
             data: bytes, or a state as for `CheckpointManager.save`; it may change when this returns.
+            metadata: JSON that the manifest keeps.
 
         Raises:
             CommitConflict: the step is not above the newest one of that name.
         """
-        handle = await asyncio.to_thread(self._start, name, step, data)
+        handle = await asyncio.to_thread(self._start, name, step, data, metadata)
         return await handle
 
-    def _start(self, name: str, step: int, data: object) -> SaveHandle:
+    def _start(self, name: str, step: int, data: object, metadata: Json) -> SaveHandle:
         with self._lock:
             if name not in self._managers:
                 self._managers[name] = CheckpointManager(
                     self._backend, name, keep_last_n=self._keep_last_n, store=HashStore()
                 )
-            return self._managers[name].save_async(data, step)
+            return self._managers[name].save_async(data, step, metadata)

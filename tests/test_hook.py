@@ -109,6 +109,28 @@ def test_it_tells_what_saving_cost():
     assert loop.hook.stall_seconds >= loop.hook.last_save.metrics.stall_seconds > 0
 
 
+def test_what_is_told_at_each_save_chooses_the_best():
+    backend, losses = dt.MemoryBackend(), iter([0.5, 0.1, 0.9, 0.7])
+    model = torch.nn.Linear(1, 1)
+    manager = dt.CheckpointManager(backend, keep_last_n=1, keep_best=dt.KeepBest("loss"))
+    hook = dt.CheckpointHook(
+        manager,
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        every_n_steps=1,
+        metadata=lambda: {"loss": next(losses)},
+    )
+    for _ in range(4):
+        hook.step()
+    manager.close()
+    assert [(info.step, info.metadata) for info in manager.list()] == [(2, {"loss": 0.1}), (4, {"loss": 0.7})]
+
+
+def test_metadata_that_is_no_function_is_refused():
+    with pytest.raises(InvalidArgument, match="metadata"):
+        Loop(dt.MemoryBackend(), metadata={"loss": 1})
+
+
 def test_several_optimizers_are_saved_by_their_place():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     optimizers = [torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9) for layer in model]
@@ -154,7 +176,7 @@ def test_extra_may_not_use_the_names_of_the_hook(name):
         )
 
 
-@pytest.mark.parametrize("every", [0, -1])
+@pytest.mark.parametrize("every", [0, -1, 2.5, True])
 def test_every_n_steps_is_at_least_one(every):
     with pytest.raises(InvalidArgument, match="every_n_steps"):
         Loop(dt.MemoryBackend(), every=every)

@@ -22,8 +22,8 @@ BINDINGS = ROOT / "csrc" / "bindings"
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "_C _version checkpoint checkpoint.format checkpoint.state errors",
-        "checkpoint.dtypes checkpoint.names retry",
-        "checkpoint.specs",
+        "checkpoint.dtypes checkpoint.names counts",
+        "checkpoint.specs retry",
     ),
     ("build op_checks storage storage.*", "ops"),
     (

@@ -253,6 +253,12 @@ def test_a_writer_writes_bytes_and_states_under_any_name(tmp_path):
     assert isinstance(loaded, dict) and torch.equal(loaded["w"], STATE["w"])
 
 
+def test_a_writer_keeps_metadata(tmp_path):
+    writer = dt.CheckpointWriter(tmp_path)
+    info = asyncio.run(writer.write_checkpoint("blob", 1, b"data", metadata={"loss": 0.5}))
+    assert info.metadata == {"loss": 0.5}
+
+
 def test_an_optimizer_of_another_class_is_a_difference(tmp_path):
     model = torch.nn.Linear(2, 2)
     with dt.CheckpointManager(tmp_path) as manager:

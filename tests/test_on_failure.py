@@ -111,14 +111,21 @@ def test_failed_saves_are_logged_and_counted(backend, caplog):
         assert manager.failed_saves == 1
         with pytest.raises(dt.errors.UnsupportedType):
             manager.save({"w": object()}, 3)
-        assert manager.failed_saves == 2
+        with pytest.raises(InvalidArgument):
+            manager.save(STATE, 3, metadata={1})  # type: ignore[arg-type]
+        with pytest.raises(InvalidArgument):
+            manager.save(STATE, 1)
+        assert manager.failed_saves == 1  # no save began
 
 
 def test_the_age_of_the_last_good_one_counts_from_a_commit_or_a_load(backend, monkeypatch):
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(health, "time", SimpleNamespace(monotonic=lambda: clock.now))
     with dt.CheckpointManager(backend) as manager:
-        assert manager.age_of_last_good is None
+        clock.now += 5
+        with pytest.raises(SaveFailed):
+            fail(manager, backend, 1).result()
+        assert manager.age_of_last_good == 5  # since the manager was made
         manager.save(STATE, 1)
         clock.now += 7
         assert manager.age_of_last_good == 7

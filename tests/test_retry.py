@@ -34,6 +34,13 @@ def test_no_try_begins_after_the_deadline():
     "bad",
     [
         {"attempts": 0},
+        {"attempts": 2.5},
+        {"attempts": True},
+        {"initial": "1s"},
+        {"max": None},
+        {"factor": [2]},
+        {"jitter": True},
+        {"deadline": "1h"},
         {"initial": -1.0},
         {"initial": 5.0, "max": 4.0},
         {"max": float("inf")},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from dtruntime_torch.checkpoint.format import strict_json
 from dtruntime_torch.checkpoint.names import MAX_INTEGER
@@ -28,6 +28,22 @@ def check_step(step: object) -> int:
     if isinstance(step, bool) or not 0 <= number <= MAX_INTEGER:
         raise InvalidArgument(f"step is {step!r}; it is an integer from 0 to {MAX_INTEGER}")
     return number
+
+
+def check_pinned(steps: Iterable[int]) -> frozenset[int]:
+    """Returns the steps that are to stay, each once.
+
+    Raises:
+        InvalidArgument: they cannot be gone through, or are no numbers.
+
+    Example:
+        >>> sorted(check_pinned([7, 3, 7]))
+        [3, 7]
+    """
+    try:
+        return frozenset(check_step(step) for step in steps)
+    except (TypeError, InvalidArgument) as error:
+        raise InvalidArgument(f"pinned_steps is {steps!r}; give the steps, as [1000, 5000]") from error
 
 
 def check_keys(keys: object) -> tuple[str, ...] | None:

@@ -15,7 +15,7 @@ from dtruntime_torch.checkpoint.look import Manifests
 from dtruntime_torch.checkpoint.manifest import Commit
 from dtruntime_torch.checkpoint.names import Attempt, CommitKey
 from dtruntime_torch.checkpoint.prune import Drop, Prune
-from dtruntime_torch.checkpoint.prune_plan import Plan, PruneReport, make_plan, report
+from dtruntime_torch.checkpoint.prune_plan import Plan, PruneReport, make_plan, metadata_of, report
 from dtruntime_torch.checkpoint.removals import Pending, Removals, explain
 from dtruntime_torch.checkpoint.retention import KEEP_ALL, RetentionPolicy
 from dtruntime_torch.checkpoint.stock import Stock, take_stock
@@ -54,6 +54,7 @@ class Cleaner:
         self._answered: set[CommitKey] = set()
         self._swept: int | None = None
         self._told: set[str] = set()
+        self._told_of_metric = False
 
     async def before_save(self, generation: int, seconds: float | None = None) -> None:
         """Finishes what is left over, and sweeps older generations once; so a full disk heals itself.
@@ -104,7 +105,7 @@ class Cleaner:
         if generation is None:
             claimed = await catalog.generations(self._backend, self._name)
             generation = max([*claimed, *(key.generation for key in stock.commits)], default=0)
-        plan = make_plan(stock, self._policy, generation)
+        plan = self._plan(stock, generation)
         if dry_run:
             return report(True, stock, [commit.key for commit in plan.commits], plan.victims, ())
         return await self._do(self._begin(plan, stock, generation), stock)
@@ -145,7 +146,7 @@ class Cleaner:
             faults += stock.blocked
             self._answered &= stock.commits.keys()
             if not stock.blocked:
-                plan = make_plan(stock, self._policy, generation)
+                plan = self._plan(stock, generation)
                 self._begin(Plan(plan.commits, (), ()), stock, generation)
         await self._removals.work_off(faults)
 
@@ -161,6 +162,14 @@ class Cleaner:
 
     async def _take_stock(self) -> Stock:
         return await take_stock(self._backend, self._name, self._manifests, self._voids)
+
+    def _plan(self, stock: Stock, generation: int) -> Plan:
+        """What is to go; tells the user once if a metric that decides it is nowhere."""
+        missed = self._policy.missed_metric(metadata_of(stock))
+        if missed is not None and not self._told_of_metric:
+            self._told_of_metric = True
+            logger.warning("%s: %s", self._name, missed)
+        return make_plan(stock, self._policy, generation)
 
     def _begin(self, plan: Plan, stock: Stock, generation: int) -> list[Pending]:
         """Notes what is to go, before the first of it does. What failed before is not noted twice."""

@@ -277,7 +277,9 @@ async def _check_newest(
     loaded: bool,
     step: int,
 ) -> None:
-    if newest == seen if loaded else newest is None or step > newest.step:
+    if loaded and newest is not None and seen is not None and newest <= seen:
+        return  # below what was seen, where that was dropped since: nobody has gone on from there
+    if not loaded and (newest is None or step > newest.step):
         return
     if newest is None:
         raise CommitConflict(f"the checkpoints of {name!r} from which this job goes on are gone; load again")

@@ -16,10 +16,15 @@ from numpy.typing import NDArray
 
 from dtruntime_torch.checkpoint.format.records import Commit, FileRef, Part, TensorEntry
 from dtruntime_torch.checkpoint.layout import Layout
+from dtruntime_torch.checkpoint.names import CommitKey
 from dtruntime_torch.checkpoint.specs import Extent
+from dtruntime_torch.counts import check_count, check_number
 from dtruntime_torch.errors import InvalidArgument
 
 Integers = NDArray[np.int64]
+
+SMALL = 1 << 20
+"""Bytes that are not worth a full save: headers, and states of a few chunks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,42 +36,47 @@ class DeltaPolicy:
     Attributes:
         max_changed: more than this share of all bytes had changed, chunks counted whole.
         max_files: one more file would make more than so many that a rank reads from; at least 2.
+        max_size: the files that it reads from are more than so many times as large as the state, because little of
+            them is still needed; more than 1.
         full_every: with it one in so many saves is full; None for no such rule.
 
     Raises:
         InvalidArgument: a value is out of range.
 
     Example:
-        >>> DeltaPolicy(full_every=3).asks_for_full(changed=1, nbytes=100, files=3, deltas=2)
+        >>> DeltaPolicy(full_every=3).asks_for_full(changed=1, nbytes=100, files=3, used=101, deltas=2)
         True
     """
 
     max_changed: float = 0.5
     max_files: int = 32
+    max_size: float = 2.0
     full_every: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.max_changed <= 1:
+        if not 0 <= check_number("max_changed", self.max_changed) <= 1:
             raise InvalidArgument(f"max_changed is {self.max_changed}; it is a share, from 0 to 1")
-        if self.max_files < 2:
-            raise InvalidArgument(
-                f"max_files is {self.max_files}; a delta reads from two files, so it is at least 2"
-            )
-        if self.full_every is not None and self.full_every < 1:
-            raise InvalidArgument(f"full_every is {self.full_every}; it is a number of saves, or None")
+        # A delta reads from two files.
+        check_count("max_files", self.max_files, least=2)
+        if not check_number("max_size", self.max_size) > 1:
+            raise InvalidArgument(f"max_size is {self.max_size}; a full save is 1, so it is more than that")
+        if self.full_every is not None:
+            check_count("full_every", self.full_every)
 
-    def asks_for_full(self, changed: int, nbytes: int, files: int, deltas: int) -> bool:
+    def asks_for_full(self, changed: int, nbytes: int, files: int, used: int, deltas: int) -> bool:
         """Whether the next save is to be full.
 
         Args:
             changed: bytes of the chunks that changed in this save, on all ranks.
             nbytes: bytes of all tensors, on all ranks.
             files: the most files that a rank's part names.
+            used: bytes of all files that the parts name.
             deltas: saves since the last full one, this one among them.
         """
         return (
             changed > self.max_changed * nbytes
             or files >= self.max_files
+            or used > self.max_size * nbytes + SMALL
             or (self.full_every is not None and deltas + 1 >= self.full_every)
         )
 
@@ -81,6 +91,7 @@ class Base:
         layout: of the image that the part describes.
         deltas: saves since the last full one, this one among them.
         full_next: the leader asked for a full save next.
+        since: the last full save. What was committed from it on, up to this, may hold what a delta uses.
     """
 
     commit: Commit
@@ -88,6 +99,7 @@ class Base:
     layout: Layout
     deltas: int
     full_next: bool
+    since: CommitKey
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import hashlib
 import struct
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dtruntime_torch.barrier import Barrier
 from dtruntime_torch.checkpoint import objects
@@ -78,6 +78,27 @@ def signature(specs: FlatSpecs) -> str:
         ],
     }
     return hashlib.sha256(strict_json.dump(alike)).hexdigest()
+
+
+def differ_only_in_size(one: FlatSpecs, other: FlatSpecs) -> bool:
+    """Whether two structures of a rank differ at most in the size of what is its own: bytes, and what is `per_rank`.
+
+    Then what was learnt of the others still holds, and the rank can plan anew by itself.
+
+    Args:
+        one: a structure.
+        other: another of the same rank.
+    """
+    if one.objects != other.objects or len(one.tensors) != len(other.tensors):
+        return False
+    pairs = zip(one.tensors, other.tensors, strict=True)
+    return all(a == b or _without_size(a) == _without_size(b) for a, b in pairs)
+
+
+def _without_size(spec: TensorSpec) -> TensorSpec:
+    if not (spec.per_rank or spec.is_bytes):
+        return spec
+    return replace(spec, global_shape=(), offsets=(), shape=())
 
 
 def learn(barrier: Barrier, key: str, specs: FlatSpecs, busy_key: str | None = None) -> Groups:

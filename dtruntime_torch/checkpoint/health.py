@@ -12,7 +12,7 @@ class Health:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._failed_saves = 0
-        self._last_good: float | None = None
+        self._last_good = time.monotonic()
 
     @property
     def failed_saves(self) -> int:
@@ -20,9 +20,9 @@ class Health:
         return self._failed_saves
 
     @property
-    def age_of_last_good(self) -> float | None:
-        """Seconds since the last good one; None if there was none. The system's time may be set meanwhile."""
-        return None if self._last_good is None else time.monotonic() - self._last_good
+    def age_of_last_good(self) -> float:
+        """Seconds since the last good one, or since this was made. The system's time may be set meanwhile."""
+        return time.monotonic() - self._last_good
 
     def note_good(self) -> None:
         """Notes that a checkpoint was committed, or loaded."""

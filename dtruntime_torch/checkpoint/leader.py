@@ -157,8 +157,9 @@ class Leader:
     def _is_full_next(self, manifest: Manifest, arrivals: Sequence[Arrival]) -> bool:
         changed = sum(one.changed_bytes for one in arrivals)
         files = max(one.files for one in arrivals)
+        used = sum(one.used for one in arrivals)
         deltas = self._lineage.deltas_with(manifest.full)
-        return self._delta is None or self._delta.asks_for_full(changed, manifest.nbytes, files, deltas)
+        return self._delta is None or self._delta.asks_for_full(changed, manifest.nbytes, files, used, deltas)
 
     def _after_abort(self, attempt: Attempt, delta: bool, message: str, delays: Iterator[float]) -> Answer:
         """Another try if the policy allows one. It writes no more than this one: the disk may be full."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dtruntime_torch.checkpoint.delta import Base
 from dtruntime_torch.checkpoint.layout import Layout
@@ -21,6 +21,8 @@ class Lineage:
         parent: the last commit that this manager knows of.
         last_step: the highest step of this generation whose commit is decided or unknown.
         base: this rank's part of `parent`, against which the next delta is; None if this manager did not save that.
+        damaged: commits that were found to be damaged; a base that goes back to one is none. Any thread adds to it,
+            also while a save is under way, which has its base already.
     """
 
     loaded: bool = False
@@ -29,6 +31,7 @@ class Lineage:
     parent: CommitKey | None = None
     last_step: int = -1
     base: Base | None = None
+    damaged: set[CommitKey] = field(default_factory=set)
 
     def follow(self, loaded: CommitKey, newest: CommitKey) -> None:
         """Goes on from a checkpoint; the next save claims a generation of its own.
@@ -44,9 +47,20 @@ class Lineage:
         """How many deltas there are since the last full save, one more counted that is `full` or not."""
         return 0 if full or self.base is None else self.base.deltas + 1
 
+    def distrust(self, key: CommitKey) -> None:
+        """Notes that a commit is damaged: nothing is built on it any more."""
+        self.damaged.add(key)
+
     def base_of(self, layout: Layout) -> Base | None:
-        """The base of an image with that layout; None if it has none and is to be saved in full."""
-        return self.base if self.base is not None and self.base.layout == layout else None
+        """The base of an image with that layout; None if it has none and is to be saved in full.
+
+        Where ranks know of different damage they come with different bases, and the leader has all save in full.
+        """
+        base = self.base
+        if base is None or base.layout != layout:
+            return None
+        goes_back = any(base.since <= key <= base.commit.key for key in tuple(self.damaged))
+        return None if goes_back else base
 
     def check_step(self, step: int) -> None:
         """Refuses a step that does not rise.

@@ -21,6 +21,7 @@ class Arrival:
         nbytes: bytes of its tensors.
         changed_bytes: of them, in chunks that differ from its base; 0 where there is none to compare with.
         files: how many data files its part names.
+        used: bytes of these files.
         uses: paths of the attempts that these lie in.
         base: of a delta, SHA-256 of the manifest that it was made against; None of a full save.
         error: why it failed, "" if it did not.
@@ -31,6 +32,7 @@ class Arrival:
     nbytes: int = 0
     changed_bytes: int = 0
     files: int = 0
+    used: int = 0
     uses: tuple[str, ...] = ()
     base: str | None = None
     error: str = ""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from dtruntime_torch.checkpoint import names
 from dtruntime_torch.checkpoint.manifest import Commit
 from dtruntime_torch.checkpoint.names import Attempt, CommitKey
+from dtruntime_torch.checkpoint.objects import Json
 from dtruntime_torch.checkpoint.retention import RetentionPolicy
 from dtruntime_torch.checkpoint.stock import Stock
 
@@ -55,8 +56,7 @@ def make_plan(stock: Stock, policy: RetentionPolicy, generation: int) -> Plan:
         policy: what is to be kept. The newest commit always is.
         generation: of the incarnation.
     """
-    metadata = {key: stock.manifests[commit.attempt].metadata for key, commit in _understood(stock)}
-    kept = policy.kept(metadata)
+    kept = policy.kept(metadata_of(stock))
     commits = [
         commit
         for key, commit in sorted(_understood(stock))
@@ -74,6 +74,11 @@ def make_plan(stock: Stock, policy: RetentionPolicy, generation: int) -> Plan:
     )
     victims = [attempt for attempt in stock.nbytes if attempt in released - named]
     return Plan(tuple(commits), tuple(dead), tuple(victims))
+
+
+def metadata_of(stock: Stock) -> dict[CommitKey, Json]:
+    """Of every checkpoint, what the user gave."""
+    return {key: stock.manifests[commit.attempt].metadata for key, commit in _understood(stock)}
 
 
 def _understood(stock: Stock) -> list[tuple[CommitKey, Commit]]:

@@ -212,6 +212,7 @@ class Publisher:
             nbytes=snapshot.nbytes,
             changed_bytes=0 if changes is None else changes.changed_bytes,
             files=len(shard.part.files),
+            used=sum(file.length for file in shard.part.files),
             uses=tuple({file.path.rpartition("/")[0]: None for file in shard.part.files}),
             base=None if base is None or delta is None else base.commit.manifest_sha256,
         )
@@ -258,7 +259,8 @@ class Publisher:
         if self._delta is not None and tried.part is not None:
             there = Commit(info.name, *info.key, tried.attempt.path, info.sha256)
             deltas = lineage.deltas_with(info.full)
-            lineage.base = Base(there, tried.part, snapshot.layout, deltas, answer.full_next)
+            since = info.key if info.full or lineage.base is None else lineage.base.since
+            lineage.base = Base(there, tried.part, snapshot.layout, deltas, answer.full_next, since)
         return info
 
     def _give_back(self, attempt: Attempt) -> None:

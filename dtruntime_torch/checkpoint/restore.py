@@ -45,6 +45,7 @@ R = TypeVar("R")
 
 # What turned out to be damaged, and where.
 Rejected = dict[CommitKey, Sequence[Damage]]
+OnDamage = Callable[[CommitKey], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,7 @@ def load(
     key: str,
     keys: Collection[str] | None = None,
     strict: bool = True,
+    on_damage: OnDamage | None = None,
 ) -> Loaded:
     """Fills `state` from the newest sound checkpoint, or from the newest generation's of `step`.
 
@@ -91,6 +93,7 @@ def load(
         key: prefix of this load in the Store.
         keys: fill only these names and what lies below them; None for all.
         strict: names that only the state or only the checkpoint has are an error.
+        on_damage: called with each commit that all ranks agree is damaged, however the load ends.
 
     Raises:
         CheckpointNotFound: nothing is committed, or not that step.
@@ -104,14 +107,19 @@ def load(
         try:
             return one.try_one(state, (step, keys, strict), rejected, notes)
         except _Damaged as damaged:
-            _reject(damaged, step, rejected, notes)
+            _reject(damaged, step, rejected, notes, on_damage)
             return None
 
     return _until_loaded(name, members.rank == 0, attempt)
 
 
 def load_fresh(
-    backend: StorageBackend, name: str, step: int | None, rank: int, keys: Collection[str] | None = None
+    backend: StorageBackend,
+    name: str,
+    step: int | None,
+    rank: int,
+    keys: Collection[str] | None = None,
+    on_damage: OnDamage | None = None,
 ) -> object:
     """Reads a checkpoint, or the names of it that are given, on this process alone; which one is chosen as in `load`.
 
@@ -132,7 +140,7 @@ def load_fresh(
             tensors = dict(contents.tensors(run_sync(read_alone(backend, contents))))
         except CorruptCheckpoint as error:
             if run_sync(_is_committed(backend, name, commit)):
-                _reject(_Damaged(commit, str(error), error.damage), step, rejected, notes)
+                _reject(_Damaged(commit, str(error), error.damage), step, rejected, notes, on_damage)
             return None
         return (build_state(select(contents.saved, chosen), tensors, contents.values()),)
 
@@ -276,8 +284,16 @@ def _warning_later(speak: bool) -> Iterator[list[str]]:
             warnings.warn(note, RuntimeWarning, stacklevel=6)
 
 
-def _reject(damaged: _Damaged, step: int | None, rejected: Rejected, notes: list[str]) -> None:
+def _reject(
+    damaged: _Damaged,
+    step: int | None,
+    rejected: Rejected,
+    notes: list[str],
+    on_damage: OnDamage | None,
+) -> None:
     """Falls back to an older commit, or not at all where a step was asked for by number."""
+    if on_damage is not None:
+        on_damage(damaged.commit.key)
     if step is not None:
         raise CorruptCheckpoint(str(damaged), damaged.damage)
     rejected[damaged.commit.key] = damaged.damage

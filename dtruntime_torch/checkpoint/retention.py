@@ -9,6 +9,7 @@ from typing import Literal
 
 from dtruntime_torch.checkpoint.names import CommitKey
 from dtruntime_torch.checkpoint.objects import Json
+from dtruntime_torch.counts import check_count
 from dtruntime_torch.errors import InvalidArgument
 
 
@@ -38,7 +39,7 @@ class KeepBest:
     def __post_init__(self) -> None:
         if type(self.metric) is not str or not self.metric:
             raise InvalidArgument(f"the metric of keep_best is {self.metric!r}; it is a key of the metadata")
-        _check_count("n of keep_best", self.n)
+        check_count("n of keep_best", self.n)
         if self.mode not in ("min", "max"):
             raise InvalidArgument(f"the mode of keep_best is {self.mode!r}; it is 'min' or 'max'")
 
@@ -71,9 +72,9 @@ class RetentionPolicy:
 
     def __post_init__(self) -> None:
         if self.keep_last_n is not None:
-            _check_count("keep_last_n", self.keep_last_n)
+            check_count("keep_last_n", self.keep_last_n)
         if self.keep_every_n_steps is not None:
-            _check_count("keep_every_n_steps", self.keep_every_n_steps)
+            check_count("keep_every_n_steps", self.keep_every_n_steps)
         if not (self.keep_best is None or isinstance(self.keep_best, KeepBest)):
             raise InvalidArgument(
                 f"keep_best is {self.keep_best!r}; it is a KeepBest, such as KeepBest('loss')"
@@ -98,6 +99,23 @@ class RetentionPolicy:
             kept |= set(ranked[-self.keep_best.n :])
         return kept
 
+    def missed_metric(self, metadata: Mapping[CommitKey, Json]) -> str | None:
+        """What is amiss if `keep_best` has nothing to choose by; None if some checkpoint has the metric.
+
+        Args:
+            metadata: as for `kept`.
+        """
+        best = self.keep_best
+        if best is None or not metadata or any(_value(best, one) is not None for one in metadata.values()):
+            return None
+        newest = max(metadata)
+        told = metadata[newest]
+        keys = sorted(told) if isinstance(told, dict) else []
+        return (
+            f"keep_best goes by {best.metric!r}, and no checkpoint has a number of that name in its metadata: that "
+            f"of the newest, step {newest.step}, has the keys {keys}"
+        )
+
     def _keeps_step(self, step: int) -> bool:
         every = self.keep_every_n_steps
         return step in self.pinned_steps or (every is not None and step % every == 0)
@@ -112,12 +130,13 @@ def _newest_of_each_step(in_order: Collection[CommitKey]) -> Collection[CommitKe
 
 def _rank(best: KeepBest | None, metadata: Json, key: CommitKey) -> tuple[float, CommitKey]:
     """Greater is better; of equals the newest."""
-    value = metadata.get(best.metric) if best is not None and isinstance(metadata, dict) else None
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or math.isnan(value):
+    value = _value(best, metadata)
+    if best is None or value is None or math.isnan(value):
         return -math.inf, key
-    return (float(value) if best is not None and best.mode == "max" else -float(value)), key
+    return (value if best.mode == "max" else -value), key
 
 
-def _check_count(what: str, count: object) -> None:
-    if type(count) is not int or count < 1:
-        raise InvalidArgument(f"{what} is {count!r}; it is a whole number from 1")
+def _value(best: KeepBest | None, metadata: Json) -> float | None:
+    """The metric; None where there is no number."""
+    value = metadata.get(best.metric) if best is not None and isinstance(metadata, dict) else None
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None

@@ -22,6 +22,7 @@ from dtruntime_torch.checkpoint import groups
 from dtruntime_torch.checkpoint.arguments import check_metadata, check_step
 from dtruntime_torch.checkpoint.delta import DeltaPolicy
 from dtruntime_torch.checkpoint.flatten import FlatState, flatten_state
+from dtruntime_torch.checkpoint.groups import Groups
 from dtruntime_torch.checkpoint.handle import SaveHandle, SaveMetrics
 from dtruntime_torch.checkpoint.health import Health
 from dtruntime_torch.checkpoint.info import CheckpointInfo
@@ -37,7 +38,7 @@ from dtruntime_torch.checkpoint.snapshot import Snapshot
 from dtruntime_torch.checkpoint.specs import FlatSpecs, SavePlan
 from dtruntime_torch.checkpoint.stager import Stager
 from dtruntime_torch.checkpoint.staging import make_room, stage
-from dtruntime_torch.errors import BarrierTimeout, CommitConflict, InvalidArgument
+from dtruntime_torch.errors import BarrierTimeout, CommitConflict, InvalidArgument, UnsupportedType
 from dtruntime_torch.membership import Membership
 from dtruntime_torch.retry import RetryPolicy
 from dtruntime_torch.storage import StorageBackend
@@ -52,6 +53,7 @@ class Structure:
     """What follows from the specs of a state, once the ranks know of each other's."""
 
     specs: FlatSpecs
+    learnt: Groups
     plan: SavePlan
     layout: Layout
 
@@ -118,7 +120,7 @@ class Saver:
                 self.wait()
                 self._tell_of_failure()
                 metrics.wait_seconds = time.perf_counter() - began
-                with self._counting():
+                with self._counting(refusals=(InvalidArgument, UnsupportedType)):
                     snapshot = self._take(key, state, check_step(step), check_metadata(metadata), metrics)
                 future = self._executor.submit(self._publish, snapshot)
             self._handle = SaveHandle(snapshot.step, metrics, future)
@@ -234,16 +236,21 @@ class Saver:
         )
 
     def _agree(self, key: str, flat: FlatState) -> Structure:
-        if self._structure is None or self._structure.specs != flat.specs:
-            self._structure = None
+        known = self._structure
+        if known is not None and known.specs == flat.specs:
+            return known
+        self._structure = None
+        if known is not None and groups.differ_only_in_size(known.specs, flat.specs):
+            learnt = known.learnt
+        else:
             learnt = groups.learn(
                 self._members.barrier, f"{key}/groups", flat.specs, busy_key=f"{key}/commit"
             )
-            rank, world_size = self._members.rank, self._members.world_size
-            plan = make_save_plan(rank, world_size, flat.specs, learnt.specs, learnt.members)
-            layout = make_layout(plan)
-            self._stager = Stager(make_room(self._stager.arena, layout.length), self._chunk_bytes)
-            self._structure = Structure(flat.specs, plan, layout)
+        rank, world_size = self._members.rank, self._members.world_size
+        plan = make_save_plan(rank, world_size, flat.specs, learnt.specs, learnt.members)
+        layout = make_layout(plan)
+        self._stager = Stager(make_room(self._stager.arena, layout.length), self._chunk_bytes)
+        self._structure = Structure(flat.specs, learnt, plan, layout)
         return self._structure
 
     def _publish(self, snapshot: Snapshot) -> CheckpointInfo:
@@ -265,9 +272,11 @@ class Saver:
                 snapshot.image.release()
 
     @contextmanager
-    def _counting(self) -> Iterator[None]:
+    def _counting(self, refusals: tuple[type[Exception], ...] = ()) -> Iterator[None]:
         try:
             yield
+        except refusals:
+            raise
         except BaseException:
             self.health.note_failure()
             raise

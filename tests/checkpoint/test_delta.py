@@ -185,20 +185,35 @@ def test_a_digest_that_differs_in_one_byte_is_another(byte):
         (DeltaPolicy(max_changed=0.49), True),
         (DeltaPolicy(max_files=3), True),
         (DeltaPolicy(max_files=4), False),
+        (DeltaPolicy(max_size=3), True),
+        (DeltaPolicy(max_size=5), False),
         (DeltaPolicy(full_every=3), True),
         (DeltaPolicy(full_every=4), False),
     ],
 )
 def test_each_rule_of_the_policy_asks_for_a_full_save(policy, full):
-    assert policy.asks_for_full(changed=50, nbytes=100, files=3, deltas=2) is full
+    nbytes = 8 << 20
+    used = 4 * nbytes if policy.max_size != 2 else nbytes
+    assert policy.asks_for_full(changed=nbytes // 2, nbytes=nbytes, files=3, used=used, deltas=2) is full
 
 
 def test_a_state_without_bytes_never_asks_for_a_full_save():
-    assert not DeltaPolicy().asks_for_full(changed=0, nbytes=0, files=0, deltas=5)
+    assert not DeltaPolicy().asks_for_full(changed=0, nbytes=0, files=0, used=64, deltas=5)
 
 
 @pytest.mark.parametrize(
-    "bad", [{"max_changed": -0.1}, {"max_changed": 1.1}, {"max_files": 1}, {"full_every": 0}]
+    "bad",
+    [
+        {"max_changed": -0.1},
+        {"max_changed": 1.1},
+        {"max_changed": "x"},
+        {"max_changed": True},
+        {"max_files": 1},
+        {"max_files": 2.5},
+        {"full_every": 0},
+        {"full_every": 1.5},
+        {"full_every": True},
+    ],
 )
 def test_a_policy_out_of_range_is_refused(bad):
     with pytest.raises(InvalidArgument, match=next(iter(bad))):

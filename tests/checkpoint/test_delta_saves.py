@@ -261,3 +261,19 @@ def test_of_an_embedding_the_touched_rows_are_written():
 
     written, changed = written_beside_changed(train, {"table": table})
     assert 0 < changed <= 4 * CHUNK and changed <= written <= 1.1 * changed
+
+
+def test_files_of_which_little_is_needed_bring_a_full_save(monkeypatch):
+    """Half of the state changes at each save, and one more row: without a bound every old half stays for its row."""
+    monkeypatch.setattr("dtruntime_torch.checkpoint.delta.SMALL", 0)
+    backend, rows = MemoryBackend(), 64
+    state = {"hot": torch.zeros(rows, CHUNK // 4), "cold": torch.zeros(rows, CHUNK // 4)}
+    nbytes, most = 2 * rows * CHUNK, 0
+    policy = dt.DeltaPolicy(max_changed=0.6)
+    with dt.CheckpointManager(backend, delta=policy, chunk_bytes=CHUNK, keep_last_n=1) as manager:
+        for step in range(1, 31):
+            state["hot"] += 1
+            state["cold"][step] += 1
+            manager.save(state, step)
+            most = max(most, sum(entry.size for entry in run_sync(backend.list(""))))
+    assert most < 4 * nbytes

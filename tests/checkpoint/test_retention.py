@@ -121,6 +121,19 @@ def test_the_newest_is_always_kept(policy, metadata):
         ("keep_best", "loss"),
         ("pinned_steps", [-1]),
         ("pinned_steps", ["7"]),
+        ("pinned_steps", [2.5]),
+        ("pinned_steps", [True]),
+        ("pinned_steps", [[7]]),
+        ("pinned_steps", 5),
+        ("pinned_steps", "12"),
+        ("chunk_bytes", 5000.5),
+        ("chunk_bytes", "1MB"),
+        ("chunk_bytes", 4095),
+        ("timeout", "x"),
+        ("timeout", float("nan")),
+        ("timeout", float("inf")),
+        ("timeout", True),
+        ("timeout", 0),
     ],
 )
 def test_what_is_out_of_range_is_refused_at_the_door(tmp_path, name, value):
@@ -135,3 +148,27 @@ def test_what_is_out_of_range_is_refused_at_the_door(tmp_path, name, value):
 def test_a_keep_best_out_of_range_is_refused(arguments, named):
     with pytest.raises(InvalidArgument, match=named):
         KeepBest(*arguments)
+
+
+def test_a_metric_that_is_nowhere_is_told_once(caplog):
+    with dt.CheckpointManager(dt.MemoryBackend(), keep_last_n=1, keep_best=KeepBest("loss")) as manager:
+        for step in (1, 2, 3):
+            manager.save({"w": 1}, step, metadata={"Loss": 0.5, "accuracy": step})
+        manager.prune()
+    (record,) = [record for record in caplog.records if "keep_best" in record.message]
+    assert record.levelname == "WARNING" and "'loss'" in record.message
+    assert "step 1" in record.message and "['Loss', 'accuracy']" in record.message
+
+
+@pytest.mark.parametrize("first", [0.5, float("nan")])
+def test_a_metric_that_some_checkpoint_has_is_not_missed(first):
+    policy = RetentionPolicy(1, keep_best=KeepBest("loss"))
+    assert policy.missed_metric({CommitKey(1, 1): {"loss": first}, CommitKey(1, 2): None}) is None
+    assert policy.missed_metric({}) is None
+    assert RetentionPolicy(1).missed_metric({CommitKey(1, 1): None}) is None
+
+
+@pytest.mark.parametrize("metadata", [None, "loss", ["loss"], {"loss": "0.5"}, {"loss": True}])
+def test_what_is_no_number_is_no_metric(metadata):
+    missed = RetentionPolicy(1, keep_best=KeepBest("loss")).missed_metric({CommitKey(1, 7): metadata})
+    assert missed is not None and "step 7" in missed

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
 import dtruntime_torch as dt
+from dtruntime_torch import DeltaPolicy, PerRank
 from dtruntime_torch.checkpoint.info import CheckpointInfo
+from dtruntime_torch.checkpoint.restore import load_fresh
 from dtruntime_torch.checkpoint.verify import find_commit, verify
 from dtruntime_torch.errors import BarrierTimeout, CommitConflict, InvalidArgument, SaveFailed
 from dtruntime_torch.storage import LocalBackend, MemoryBackend, run_sync
@@ -72,10 +75,27 @@ def test_a_rank_that_fails_anywhere_costs_one_save(broken, saved_before, prepare
 def test_a_structure_that_changes_on_one_rank_fails_at_once_on_all(odd):
     ranks = make_ranks(2, MemoryBackend())
     check_good(ranks, 1)
-    states = [{**STATE, "blob": b"longer"} if rank == odd else STATE for rank in (0, 1)]
+    states = [{**STATE, "more": b"bytes"} if rank == odd else STATE for rank in (0, 1)]
     calls = [partial(rank.save, state, 2) for rank, state in zip(ranks, states, strict=True)]
     assert all(isinstance(result, SaveFailed) for result in together(*calls))
     check_good(ranks, 3)
+
+
+@pytest.mark.parametrize("odd", [0, 1])
+@pytest.mark.parametrize("delta", [None, DeltaPolicy()])
+def test_what_is_a_ranks_own_may_change_its_size_on_one_rank(odd, delta):
+    ranks = make_ranks(2, MemoryBackend(), delta=delta)
+    for step in range(1, 5):
+        sizes = [step if rank == odd else 3 for rank in (0, 1)]
+        states = [
+            {"own": PerRank(torch.full((n,), float(n))), "log": b"x" * n, "w": torch.ones(4)} for n in sizes
+        ]
+        saves = [partial(rank.save, state, step) for rank, state in zip(ranks, states, strict=True)]
+        results: list[Any] = together(*saves)
+        assert [result.step for result in results] == [step, step]
+        loaded: list[Any] = [load_fresh(ranks[0].backend, "model", step, rank) for rank in (0, 1)]
+        for mine, state, n in zip(loaded, states, sizes, strict=True):
+            assert torch.equal(mine["own"], state["own"].value) and mine["log"] == b"x" * sizes[0], n
 
 
 @pytest.mark.parametrize("odd", [0, 1])

@@ -48,7 +48,8 @@ class Rank:
     ) -> LoadedCheckpoint:
         self.loads += 1
         key = f"load/{self.loads}"
-        loaded = restore.load(self.backend, "model", self.members, state, step, key, keys, strict)
+        distrust = self.lineage.distrust
+        loaded = restore.load(self.backend, "model", self.members, state, step, key, keys, strict, distrust)
         self.lineage.follow(loaded.info.key, loaded.newest)
         return loaded.info
 
