@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from dtruntime_torch.checkpoint import catalog, names
+from dtruntime_torch.checkpoint.format.strict_json import Newer
 from dtruntime_torch.checkpoint.look import Manifests, Noted
 from dtruntime_torch.checkpoint.manifest import Commit
 from dtruntime_torch.checkpoint.names import Attempt, CommitKey
@@ -71,7 +72,7 @@ async def take_stock(
 async def _read_commits(
     backend: StorageBackend, name: str, voids: set[CommitKey]
 ) -> tuple[dict[CommitKey, Commit], dict[CommitKey, str]]:
-    """Those that can be read, and why the others cannot."""
+    """Those that can be read, and why the others cannot, as the beginning of an advice."""
     commits, unreadable = {}, {}
     for key in await catalog.commit_keys(backend, name):
         if key in voids:
@@ -81,7 +82,9 @@ async def _read_commits(
         except NotFound:
             continue
         except CorruptCheckpoint as error:
-            unreadable[key] = str(error)
+            # A commit has no digest, so that one of a later version cannot be told from a damaged one.
+            newer = isinstance(error.__cause__, Newer)
+            unreadable[key] = f"{error}. If that does not help, give" if newer else f"{error}. Give"
             continue
         if commit.void:
             voids.add(key)
@@ -95,9 +98,7 @@ def _advise(name: str, key: CommitKey, why: str, attempts: Collection[str]) -> s
     parsed = [attempt for attempt in map(names.parse_attempt, attempts) if attempt is not None]
     tries = sorted(attempt.number for attempt in parsed if attempt.key == key) or [1]
     drops = ", or ".join(f"`dtruntime drop PATH {name} {Attempt(*key, number).path}`" for number in tries)
-    return (
-        f"nothing of {name} is deleted, for a commit cannot be read: {why}. Give its attempt up with {drops}"
-    )
+    return f"nothing of {name} is deleted, for a commit cannot be read: {why} its attempt up with {drops}"
 
 
 async def _check(

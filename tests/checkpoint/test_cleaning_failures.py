@@ -277,3 +277,13 @@ def test_a_committed_one_that_is_dropped_is_counted(shelf, backend, how):
     report = run_sync(Cleaner(backend, NAME).drop(attempt))
     assert report.commits == ((attempt.key,) if how in ("sound", "commit") else ())
     assert report.attempts == (attempt.path,)
+
+
+def test_of_a_commit_that_looks_like_one_of_a_later_version_the_upgrade_comes_first(shelf, backend):
+    path = commit_path(NAME, shelf.put(1, 2).key)
+    data = bytes(run_sync(backend.read(path)))
+    shelf.write(path, data.replace(b'"version":1', b'"version":2'))
+    (reason,) = run_sync(Cleaner(backend, NAME, KEEP_ONE).prune()).blocked
+    assert (
+        "upgrade dtruntime_torch. If that does not help, give its attempt up with `dtruntime drop" in reason
+    )
