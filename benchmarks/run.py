@@ -32,6 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m benchmarks.run", description=str(__doc__).splitlines()[0]
     )
     parser.add_argument("--quick", action="store_true", help="one repetition each; the page says so")
+    parser.add_argument(
+        "--only", action="append", metavar="NAME", help="this benchmark; the others' results stay"
+    )
+    parser.add_argument(
+        "--repetitions", type=int, default=REPETITIONS, metavar="N", help="runs of each; default: %(default)s"
+    )
     parser.add_argument("--render", action="store_true", help="run nothing, make the page from the results")
     parser.add_argument(
         "--into",
@@ -44,7 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = options.into / "benchmarks" / "results"
     if not options.render:
         results.mkdir(parents=True, exist_ok=True)
-        _write(results / "host.json", json.dumps(collect(modules(), options.quick), indent=1) + "\n")
+        names = [f"benchmarks.{name}" for name in options.only] if options.only else modules()
+        found = collect(names, options.quick, options.repetitions)
+        if options.only:
+            again = " ".join(f"--only {name}" for name in options.only)
+            found = _beside(_read(results / "host.json"), found, f"python -m benchmarks.run {again}")
+        _write(results / "host.json", json.dumps(found, indent=1) + "\n")
     _write(options.into / "docs" / "BENCHMARKS.md", page(results))
 
 
@@ -54,17 +65,18 @@ def page(results: Path) -> str:
     return render(_read(results / "host.json"), gpus)
 
 
-def collect(names: Sequence[str], quick: bool) -> dict[str, object]:
+def collect(names: Sequence[str], quick: bool, repetitions: int = REPETITIONS) -> dict[str, Any]:
     """Runs benchmarks, each in a process of its own, one after another.
 
     Args:
         names: their modules.
         quick: one repetition each.
+        repetitions: of each, if not quick.
 
     Raises:
         SystemExit: one of them failed; a page without it would hide that.
     """
-    repetitions = 1 if quick else REPETITIONS
+    repetitions = 1 if quick else repetitions
     return {
         "schema": SCHEMA,
         "kind": "host",
@@ -78,6 +90,13 @@ def collect(names: Sequence[str], quick: bool) -> dict[str, object]:
             for name in names
         },
     }
+
+
+def _beside(old: dict[str, Any], new: dict[str, Any], command: str) -> dict[str, Any]:
+    """The new results, and the old ones of the benchmarks that were not run again."""
+    both = {**old["benchmarks"], **new["benchmarks"]}
+    commands = f"{old['command']}, then {command}"
+    return {**new, "command": commands, "benchmarks": {name: both[name] for name in sorted(both)}}
 
 
 def file_system(place: str, mounts: str | None = None) -> str:

@@ -161,8 +161,8 @@ class CheckpointManager:
 
         Args:
             state: `{name: module | optimizer | anything with state_dict | value}`, a plain (nested) state dict, or
-                bytes. State that is meant to differ by rank is wrapped in `PerRank`; of any other that does, the
-                lowest rank's is kept.
+                bytes. State that is meant to differ by rank is wrapped in `PerRank`; of any other one rank's is kept:
+                the lowest rank's, but for what an optimizer owns, which is taken for equal.
             step: the training step; rises from save to save, and starts anew in the line that a load begins.
             metadata: JSON that the manifest keeps.
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
+import dtruntime_torch as dt
 from dtruntime_torch.checkpoint.names import Attempt
 from dtruntime_torch.cli.app import app
 from dtruntime_torch.storage import LocalBackend
@@ -100,3 +102,17 @@ def test_a_root_that_is_called_as_the_name_is_a_root(tmp_path):
     attempt = shelf.put(1, 100)
     assert drop(tmp_path / "model", "model", attempt.path, "--yes").exit_code == 0
     assert shelf.attempts() == set()
+
+
+def test_a_job_that_fell_back_from_what_was_dropped_goes_on(tmp_path):
+    with dt.CheckpointManager(tmp_path) as manager:
+        for step in (1, 2):
+            path = tmp_path / manager.save({"w": torch.full((9,), float(step))}, step).path
+    (data,) = path.glob("*.safetensors")
+    data.write_bytes(data.read_bytes()[:-1] + b"?")
+    state = {"w": torch.zeros(9)}
+    with dt.CheckpointManager(tmp_path) as manager:
+        with pytest.warns(RuntimeWarning, match="going on with the checkpoint before it"):
+            assert manager.load(state).step == 1
+        assert drop(tmp_path, "model", path.relative_to(tmp_path / "model"), "--yes").exit_code == 0
+        assert manager.save(state, 2).generation == 2
