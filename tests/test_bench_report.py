@@ -173,13 +173,30 @@ def test_a_benchmark_that_fails_ends_the_run(two_benchmarks):
 
 
 def test_the_program_writes_results_and_page(monkeypatch, tmp_path):
-    monkeypatch.setattr(run, "collect", lambda names, quick: host(metric("fast", 2.0, 1.0), quick=quick))
+    monkeypatch.setattr(run, "collect", lambda names, quick, _: host(metric("fast", 2.0, 1.0), quick=quick))
     run.main(["--quick", "--into", str(tmp_path)])
     page = (tmp_path / "docs" / "BENCHMARKS.md").read_text()
     assert page == render(json.loads((tmp_path / "benchmarks" / "results" / "host.json").read_text()))
     (tmp_path / "benchmarks" / "results" / "gpu-some.json").write_text(json.dumps(gpu()))
     run.main(["--render", "--into", str(tmp_path)])
     assert "### Some GPU" in (tmp_path / "docs" / "BENCHMARKS.md").read_text()
+
+
+def test_one_benchmark_may_be_run_again_beside_the_results_of_the_others(monkeypatch, tmp_path):
+    first, again = host(metric("fast", 2.0, 1.0)), host(metric("slow", 1.0, 1.0))
+    again["benchmarks"] = {"bench_more": again["benchmarks"]["bench_some"]}
+    asked = []
+    monkeypatch.setattr(
+        run, "collect", lambda names, quick, repetitions: asked.append((names, repetitions)) or again
+    )
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    results = tmp_path / "benchmarks" / "results" / "host.json"
+    results.write_text(json.dumps(first))
+    run.main(["--only", "bench_more", "--repetitions", "5", "--into", str(tmp_path)])
+    found = json.loads(results.read_text())
+    assert asked == [(["benchmarks.bench_more"], 5)]
+    assert found["benchmarks"] == {**again["benchmarks"], **first["benchmarks"]}
+    assert found["command"] == "make bench, then python -m benchmarks.run --only bench_more"
 
 
 def test_a_folder_lies_on_the_file_system_that_is_mounted_nearest():
