@@ -103,6 +103,18 @@ async def read_commit(backend: StorageBackend, name: str, key: CommitKey) -> Com
     return commit
 
 
+async def is_still_committed(backend: StorageBackend, commit: Commit) -> bool:
+    """Whether what was read as this commit is there yet: not removed, void or another's.
+
+    Raises:
+        CorruptCheckpoint: what is there now is damaged; what that means, the caller knows.
+    """
+    try:
+        return await read_commit(backend, commit.name, commit.key) == commit
+    except NotFound:
+        return False
+
+
 async def read_manifest(backend: StorageBackend, commit: Commit) -> Manifest:
     """Reads the manifest that a commit, not a void one, names.
 

@@ -255,8 +255,7 @@ async def _create_or_find(backend: StorageBackend, path: str, data: bytes, patie
 async def _is_still_committed(backend: StorageBackend, parent: Commit, patience: Patience) -> bool:
     """Whether it is surely there: where that cannot be told, a full save is the safe answer."""
     try:
-        reading = catalog.read_commit(backend, parent.name, parent.key)
-        return await asyncio.wait_for(reading, patience.call_seconds) == parent
+        return await asyncio.wait_for(catalog.is_still_committed(backend, parent), patience.call_seconds)
     except Exception:
         return False
 

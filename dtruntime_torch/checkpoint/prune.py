@@ -12,7 +12,7 @@ from dtruntime_torch.checkpoint import catalog, names
 from dtruntime_torch.checkpoint.commit import Patience, forbid
 from dtruntime_torch.checkpoint.manifest import Commit, encode_commit
 from dtruntime_torch.checkpoint.names import Attempt
-from dtruntime_torch.errors import CorruptCheckpoint, NotFound
+from dtruntime_torch.errors import CorruptCheckpoint
 from dtruntime_torch.storage.backend import StorageBackend
 
 
@@ -38,7 +38,7 @@ class Prune:
         Returns:
             False if it was no longer committed: whoever took it away cleans up.
         """
-        if not self.begun and not await _is_committed(backend, self.commit):
+        if not self.begun and not await catalog.is_still_committed(backend, self.commit):
             return False
         self.begun = True
         if self.removable:
@@ -83,10 +83,3 @@ async def write_void(backend: StorageBackend, name: str, what: Commit | Attempt)
     """Puts a void in the place of a commit."""
     void = Commit(name, *what.key, "", "", void=True)
     await backend.write(names.commit_path(name, what.key), encode_commit(void))
-
-
-async def _is_committed(backend: StorageBackend, commit: Commit) -> bool:
-    try:
-        return await catalog.read_commit(backend, commit.name, commit.key) == commit
-    except NotFound:
-        return False

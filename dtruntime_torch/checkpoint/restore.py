@@ -33,7 +33,6 @@ from dtruntime_torch.errors import (
     Damage,
     InvalidArgument,
     LoadFailed,
-    NotFound,
 )
 from dtruntime_torch.membership import Membership
 from dtruntime_torch.storage import StorageBackend, run_sync
@@ -139,7 +138,7 @@ def load_fresh(
                 raise CheckpointMismatch(f"step {commit.step} of {name}: {lines}")
             tensors = dict(contents.tensors(run_sync(read_alone(backend, contents))))
         except CorruptCheckpoint as error:
-            if run_sync(_is_committed(backend, name, commit)):
+            if run_sync(_is_committed(backend, commit)):
                 _reject(_Damaged(commit, str(error), error.damage), step, rejected, notes, on_damage)
             return None
         return (build_state(select(contents.saved, chosen), tensors, contents.values()),)
@@ -270,7 +269,7 @@ class _Load:
             raise LoadFailed(f"the state could not be filled: {failures}") from this.error
 
     def _is_there(self, commit: Commit) -> bool:
-        return run_sync(_is_committed(self._backend, self._name, commit))
+        return run_sync(_is_committed(self._backend, commit))
 
 
 @contextmanager
@@ -336,11 +335,9 @@ def _words(asked: Asked) -> str:
     return f"step {asked.step}{keys}{'' if asked.strict else ' with strict=False'}"
 
 
-async def _is_committed(backend: StorageBackend, name: str, commit: Commit) -> bool:
+async def _is_committed(backend: StorageBackend, commit: Commit) -> bool:
     """Whether it is still there: what a prune took away meanwhile is not damaged."""
     try:
-        return await catalog.read_commit(backend, name, commit.key) == commit
-    except NotFound:
-        return False
+        return await catalog.is_still_committed(backend, commit)
     except CorruptCheckpoint:
         return True

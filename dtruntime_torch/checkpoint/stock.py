@@ -112,13 +112,6 @@ async def _check(
             return [str(error)]
         return []
     path = names.manifest_path(commit.name, commit.attempt)
-    if any(path in reason for reason in blocked) or not await _is_still_there(backend, commit):
+    if any(path in reason for reason in blocked) or not await catalog.is_still_committed(backend, commit):
         return []
     return [str(manifests.blocked(commit.attempt, f"{path}, which is committed, is missing"))]
-
-
-async def _is_still_there(backend: StorageBackend, commit: Commit) -> bool:
-    try:
-        return await catalog.read_commit(backend, commit.name, commit.key) == commit
-    except NotFound:
-        return False
