@@ -14,12 +14,12 @@ from dtruntime_torch._version import __version__
 
 if TYPE_CHECKING:
     from dtruntime_torch.build import build_info
-    from dtruntime_torch.checkpoint.delta import DeltaPolicy
+    from dtruntime_torch.checkpoint.cleaning.prune_plan import PruneReport
+    from dtruntime_torch.checkpoint.cleaning.retention import KeepBest, RetentionPolicy
     from dtruntime_torch.checkpoint.flatten import PerRank, register_codec
-    from dtruntime_torch.checkpoint.handle import SaveHandle, SaveMetrics
     from dtruntime_torch.checkpoint.info import CheckpointInfo, LoadedCheckpoint
-    from dtruntime_torch.checkpoint.prune_plan import PruneReport
-    from dtruntime_torch.checkpoint.retention import KeepBest, RetentionPolicy
+    from dtruntime_torch.checkpoint.saving.delta import DeltaPolicy
+    from dtruntime_torch.checkpoint.saving.handle import SaveHandle, SaveMetrics
     from dtruntime_torch.checkpoint.verify import VerifyReport
     from dtruntime_torch.hook import CheckpointHook
     from dtruntime_torch.manager import CheckpointManager
@@ -36,18 +36,18 @@ _HOMES = {
     "CheckpointInfo": "dtruntime_torch.checkpoint.info",
     "CheckpointManager": "dtruntime_torch.manager",
     "CheckpointWriter": "dtruntime_torch.writer",
-    "DeltaPolicy": "dtruntime_torch.checkpoint.delta",
+    "DeltaPolicy": "dtruntime_torch.checkpoint.saving.delta",
     "ElasticDistributedSampler": "dtruntime_torch.sampler",
-    "KeepBest": "dtruntime_torch.checkpoint.retention",
+    "KeepBest": "dtruntime_torch.checkpoint.cleaning.retention",
     "LoadedCheckpoint": "dtruntime_torch.checkpoint.info",
     "LocalBackend": "dtruntime_torch.storage",
     "MemoryBackend": "dtruntime_torch.storage",
     "PerRank": "dtruntime_torch.checkpoint.flatten",
-    "PruneReport": "dtruntime_torch.checkpoint.prune_plan",
-    "RetentionPolicy": "dtruntime_torch.checkpoint.retention",
+    "PruneReport": "dtruntime_torch.checkpoint.cleaning.prune_plan",
+    "RetentionPolicy": "dtruntime_torch.checkpoint.cleaning.retention",
     "RetryPolicy": "dtruntime_torch.retry",
-    "SaveHandle": "dtruntime_torch.checkpoint.handle",
-    "SaveMetrics": "dtruntime_torch.checkpoint.handle",
+    "SaveHandle": "dtruntime_torch.checkpoint.saving.handle",
+    "SaveMetrics": "dtruntime_torch.checkpoint.saving.handle",
     "StorageBackend": "dtruntime_torch.storage",
     "VerifyReport": "dtruntime_torch.checkpoint.verify",
     "build_info": "dtruntime_torch.build",

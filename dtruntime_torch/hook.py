@@ -11,8 +11,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from dtruntime_torch.checkpoint.flatten import PerRank
-from dtruntime_torch.checkpoint.handle import SaveHandle
 from dtruntime_torch.checkpoint.objects import Json
+from dtruntime_torch.checkpoint.saving.handle import SaveHandle
 from dtruntime_torch.counts import check_count
 from dtruntime_torch.errors import CheckpointNotFound, InvalidArgument
 from dtruntime_torch.manager import CheckpointManager

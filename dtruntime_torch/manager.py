@@ -13,15 +13,15 @@ from torch.distributed.distributed_c10d import ProcessGroup, Store
 
 from dtruntime_torch.checkpoint import catalog, restore
 from dtruntime_torch.checkpoint.arguments import check_pinned, check_step
-from dtruntime_torch.checkpoint.delta import DeltaPolicy
-from dtruntime_torch.checkpoint.handle import SaveHandle
+from dtruntime_torch.checkpoint.cleaning.prune_plan import PruneReport
+from dtruntime_torch.checkpoint.cleaning.retention import KeepBest, RetentionPolicy
 from dtruntime_torch.checkpoint.info import CheckpointInfo, LoadedCheckpoint
-from dtruntime_torch.checkpoint.lineage import Lineage
 from dtruntime_torch.checkpoint.names import CommitKey, check_name
 from dtruntime_torch.checkpoint.objects import Json
-from dtruntime_torch.checkpoint.prune_plan import PruneReport
-from dtruntime_torch.checkpoint.retention import KeepBest, RetentionPolicy
 from dtruntime_torch.checkpoint.save import OnFailure, Saver
+from dtruntime_torch.checkpoint.saving.delta import DeltaPolicy
+from dtruntime_torch.checkpoint.saving.handle import SaveHandle
+from dtruntime_torch.checkpoint.saving.lineage import Lineage
 from dtruntime_torch.checkpoint.verify import VerifyReport, find_commit, verify
 from dtruntime_torch.counts import check_count, check_number
 from dtruntime_torch.errors import CorruptCheckpoint, InvalidArgument, NewerFormat

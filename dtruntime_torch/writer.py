@@ -8,9 +8,9 @@ import threading
 
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # torch leaves it out of its exports
 
-from dtruntime_torch.checkpoint.handle import SaveHandle
 from dtruntime_torch.checkpoint.info import CheckpointInfo
 from dtruntime_torch.checkpoint.objects import Json
+from dtruntime_torch.checkpoint.saving.handle import SaveHandle
 from dtruntime_torch.manager import CheckpointManager
 from dtruntime_torch.storage import StorageBackend, backend_for
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import dtruntime_torch as dt
-from dtruntime_torch.checkpoint import health
+from dtruntime_torch.checkpoint.saving import health
 from dtruntime_torch.errors import CommitConflict, InvalidArgument, SaveFailed
 from dtruntime_torch.storage import MemoryBackend
 from dtruntime_torch.testing.faulty_backend import FaultyBackend, not_done

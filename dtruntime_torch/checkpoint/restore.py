@@ -16,17 +16,18 @@ from typing import Any, NamedTuple, TypeVar
 
 from dtruntime_torch import errors
 from dtruntime_torch.barrier import declining
-from dtruntime_torch.checkpoint import catalog, load_verdicts
+from dtruntime_torch.checkpoint import catalog
 from dtruntime_torch.checkpoint.arguments import check_keys, check_step
-from dtruntime_torch.checkpoint.contents import read_alone, survey_contents
 from dtruntime_torch.checkpoint.info import LoadedCheckpoint
-from dtruntime_torch.checkpoint.load_plan import SavedState, lies_in, select, whole_specs
-from dtruntime_torch.checkpoint.load_round import Asked, LoadRound
-from dtruntime_torch.checkpoint.load_verdicts import Report, Verdict
+from dtruntime_torch.checkpoint.loading import load_verdicts
+from dtruntime_torch.checkpoint.loading.contents import read_alone, survey_contents
+from dtruntime_torch.checkpoint.loading.load_plan import SavedState, lies_in, select, whole_specs
+from dtruntime_torch.checkpoint.loading.load_round import Asked, LoadRound
+from dtruntime_torch.checkpoint.loading.load_verdicts import Report, Verdict
+from dtruntime_torch.checkpoint.loading.node_memory import share_memory
+from dtruntime_torch.checkpoint.loading.targets import Wanted, build_state
 from dtruntime_torch.checkpoint.manifest import Commit
 from dtruntime_torch.checkpoint.names import CommitKey
-from dtruntime_torch.checkpoint.node_memory import share_memory
-from dtruntime_torch.checkpoint.targets import Wanted, build_state
 from dtruntime_torch.errors import (
     CheckpointMismatch,
     CorruptCheckpoint,

@@ -18,26 +18,26 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dtruntime_torch import _C
-from dtruntime_torch.checkpoint import groups
 from dtruntime_torch.checkpoint.arguments import check_metadata, check_step
-from dtruntime_torch.checkpoint.delta import DeltaPolicy
+from dtruntime_torch.checkpoint.cleaning.prune_plan import PruneReport
+from dtruntime_torch.checkpoint.cleaning.retention import KEEP_ALL, RetentionPolicy
 from dtruntime_torch.checkpoint.flatten import FlatState, flatten_state
-from dtruntime_torch.checkpoint.groups import Groups
-from dtruntime_torch.checkpoint.handle import SaveHandle, SaveMetrics
-from dtruntime_torch.checkpoint.health import Health
 from dtruntime_torch.checkpoint.info import CheckpointInfo
-from dtruntime_torch.checkpoint.layout import Layout, make_layout
-from dtruntime_torch.checkpoint.lineage import Lineage
 from dtruntime_torch.checkpoint.locks import held
 from dtruntime_torch.checkpoint.objects import Json
-from dtruntime_torch.checkpoint.prune_plan import PruneReport
-from dtruntime_torch.checkpoint.publish import Publisher
-from dtruntime_torch.checkpoint.retention import KEEP_ALL, RetentionPolicy
-from dtruntime_torch.checkpoint.save_plan import make_save_plan
-from dtruntime_torch.checkpoint.snapshot import Snapshot
+from dtruntime_torch.checkpoint.saving import groups
+from dtruntime_torch.checkpoint.saving.delta import DeltaPolicy
+from dtruntime_torch.checkpoint.saving.groups import Groups
+from dtruntime_torch.checkpoint.saving.handle import SaveHandle, SaveMetrics
+from dtruntime_torch.checkpoint.saving.health import Health
+from dtruntime_torch.checkpoint.saving.layout import Layout, make_layout
+from dtruntime_torch.checkpoint.saving.lineage import Lineage
+from dtruntime_torch.checkpoint.saving.publish import Publisher
+from dtruntime_torch.checkpoint.saving.save_plan import make_save_plan
+from dtruntime_torch.checkpoint.saving.snapshot import Snapshot
 from dtruntime_torch.checkpoint.specs import FlatSpecs, SavePlan
-from dtruntime_torch.checkpoint.stager import Stager
-from dtruntime_torch.checkpoint.staging import make_room, stage
+from dtruntime_torch.checkpoint.staging.stager import Stager
+from dtruntime_torch.checkpoint.staging.staging import make_room, stage
 from dtruntime_torch.errors import BarrierTimeout, CommitConflict, InvalidArgument, UnsupportedType
 from dtruntime_torch.membership import Membership
 from dtruntime_torch.retry import RetryPolicy

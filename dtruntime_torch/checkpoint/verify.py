@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from dtruntime_torch.checkpoint import catalog
-from dtruntime_torch.checkpoint.chunk_reader import check_part
 from dtruntime_torch.checkpoint.format.records import Manifest, Part
+from dtruntime_torch.checkpoint.loading.chunk_reader import check_part
 from dtruntime_torch.checkpoint.names import CommitKey
 from dtruntime_torch.checkpoint.specs import DIGEST_BYTES
 from dtruntime_torch.errors import CheckpointNotFound, CorruptCheckpoint, Damage, NotFound

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dtruntime_torch.checkpoint import names
-from dtruntime_torch.checkpoint.cleaning import Cleaner
+from dtruntime_torch.checkpoint.cleaning.cleaner import Cleaner
 from dtruntime_torch.cli.place import find_root
 from dtruntime_torch.cli.prune import print_report, say_if_slow
 from dtruntime_torch.cli.screen import screen

@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 import typer
 from rich.filesize import decimal
 
-from dtruntime_torch.checkpoint.cleaning import Cleaner
-from dtruntime_torch.checkpoint.prune_plan import PruneReport
-from dtruntime_torch.checkpoint.retention import KeepBest, RetentionPolicy
+from dtruntime_torch.checkpoint.cleaning.cleaner import Cleaner
+from dtruntime_torch.checkpoint.cleaning.prune_plan import PruneReport
+from dtruntime_torch.checkpoint.cleaning.retention import KeepBest, RetentionPolicy
 from dtruntime_torch.cli.place import find_place
 from dtruntime_torch.cli.screen import count, one_line, screen
 from dtruntime_torch.errors import CheckpointNotFound, InvalidArgument

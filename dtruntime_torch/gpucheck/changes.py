@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from dtruntime_torch.checkpoint.chunk_table import ChunkTable
+from dtruntime_torch.checkpoint.staging.chunk_table import ChunkTable
 from dtruntime_torch.gpucheck.device import Bench, random_bytes
 from dtruntime_torch.gpucheck.findings import Check, same_bytes
 from dtruntime_torch.gpucheck.sizes import Sizes

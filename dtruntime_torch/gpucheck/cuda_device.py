@@ -11,8 +11,8 @@ from torch.distributed.checkpoint.staging import AsyncStager, DefaultStager
 
 import dtruntime_torch.ops  # noqa: F401  registers torch.ops.dtruntime
 from dtruntime_torch import _C
-from dtruntime_torch.checkpoint.chunk_table import NativeCalls
-from dtruntime_torch.checkpoint.stager import Stager
+from dtruntime_torch.checkpoint.staging.chunk_table import NativeCalls
+from dtruntime_torch.checkpoint.staging.stager import Stager
 from dtruntime_torch.gpucheck.device import Moment
 from dtruntime_torch.gpucheck.machine import nvidia_driver
 

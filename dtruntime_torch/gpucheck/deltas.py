@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from dtruntime_torch.checkpoint.stager import Staging
+from dtruntime_torch.checkpoint.staging.stager import Staging
 from dtruntime_torch.errors import SaveFailed
 from dtruntime_torch.gpucheck.comparison import Comparison, compare, gigabytes_per_second, in_turns
 from dtruntime_torch.gpucheck.device import Bench, random_bytes

@@ -14,8 +14,8 @@ import torch
 from torch.distributed.checkpoint.staging import AsyncStager
 
 from dtruntime_torch import _C
-from dtruntime_torch.checkpoint.chunk_table import Place
-from dtruntime_torch.checkpoint.stager import Stager
+from dtruntime_torch.checkpoint.staging.chunk_table import Place
+from dtruntime_torch.checkpoint.staging.stager import Stager
 
 # A moment of a stream: whatever the device makes of it.
 Moment: TypeAlias = object

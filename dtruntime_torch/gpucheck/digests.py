@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from dtruntime_torch import _C
-from dtruntime_torch.checkpoint.chunk_table import ChunkTable
+from dtruntime_torch.checkpoint.staging.chunk_table import ChunkTable
 from dtruntime_torch.gpucheck.device import Bench, on_host, random_bytes
 from dtruntime_torch.gpucheck.findings import Check, Finding, NotRun, same_bytes, same_digests
 from dtruntime_torch.gpucheck.sizes import Sizes

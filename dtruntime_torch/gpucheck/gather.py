@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from dtruntime_torch.checkpoint.chunk_table import ChunkTable
+from dtruntime_torch.checkpoint.staging.chunk_table import ChunkTable
 from dtruntime_torch.gpucheck.comparison import Comparison, compare, gigabytes_per_second, in_turns
 from dtruntime_torch.gpucheck.device import Bench, random_bytes
 from dtruntime_torch.gpucheck.sizes import KIB, Sizes

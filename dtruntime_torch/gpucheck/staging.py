@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from dtruntime_torch import _C
-from dtruntime_torch.checkpoint.device import as_bytes
+from dtruntime_torch.checkpoint.staging.device import as_bytes
 from dtruntime_torch.gpucheck.device import Bench, random_bytes
 from dtruntime_torch.gpucheck.findings import Check
 from dtruntime_torch.gpucheck.loop import Loop

@@ -9,9 +9,9 @@ import torch
 from dtruntime_torch.checkpoint import objects
 from dtruntime_torch.checkpoint.flatten import FlatState, flatten_state
 from dtruntime_torch.checkpoint.format.records import ObjectEntry
-from dtruntime_torch.checkpoint.load_plan import SavedState, SavedTensor
+from dtruntime_torch.checkpoint.loading.load_plan import SavedState, SavedTensor
+from dtruntime_torch.checkpoint.loading.targets import Wanted, bind_targets, build_state
 from dtruntime_torch.checkpoint.specs import Shape
-from dtruntime_torch.checkpoint.targets import Wanted, bind_targets, build_state
 
 
 @dataclass

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from hypothesis import strategies as st
 
 from dtruntime_torch.checkpoint.format.records import ObjectEntry, Part, TensorEntry
-from dtruntime_torch.checkpoint.save_plan import make_save_plan
+from dtruntime_torch.checkpoint.saving.save_plan import make_save_plan
 from dtruntime_torch.checkpoint.specs import FlatSpecs, ObjectSpec, PathKey, SavePlan, Shape, TensorSpec
 
 Box = tuple[Shape, Shape]

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 import dtruntime_torch as dt
 from dtruntime_torch.checkpoint import catalog, names, restore
+from dtruntime_torch.checkpoint.cleaning.retention import RetentionPolicy
 from dtruntime_torch.checkpoint.info import CheckpointInfo
 from dtruntime_torch.checkpoint.manifest import Commit
-from dtruntime_torch.checkpoint.retention import RetentionPolicy
 from dtruntime_torch.checkpoint.verify import verify
 from dtruntime_torch.errors import CheckpointNotFound, NotFound
 from dtruntime_torch.storage import MemoryBackend, StorageBackend, run_sync

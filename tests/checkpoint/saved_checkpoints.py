@@ -12,11 +12,11 @@ import xxhash
 from numpy.typing import NDArray
 
 from dtruntime_torch.checkpoint.format.records import Commit, Manifest, PartRef
-from dtruntime_torch.checkpoint.layout import Layout, make_layout
 from dtruntime_torch.checkpoint.manifest import decode_commit, encode_commit, encode_manifest
 from dtruntime_torch.checkpoint.names import Attempt, CommitKey, commit_path, manifest_path
 from dtruntime_torch.checkpoint.objects import Json
-from dtruntime_torch.checkpoint.shard_file import write_shard
+from dtruntime_torch.checkpoint.saving.layout import Layout, make_layout
+from dtruntime_torch.checkpoint.saving.shard_file import write_shard
 from dtruntime_torch.checkpoint.specs import SavePlan, TensorSpec
 from dtruntime_torch.storage import run_sync
 from dtruntime_torch.storage.backend import StorageBackend

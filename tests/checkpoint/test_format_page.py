@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from dtruntime_torch.checkpoint import objects
 from dtruntime_torch.checkpoint.dtypes import is_known, itemsize, safetensors_code
-from dtruntime_torch.checkpoint.load_plan import index_parts, make_load_plan, whole_specs
+from dtruntime_torch.checkpoint.loading.load_plan import index_parts, make_load_plan, whole_specs
 from dtruntime_torch.checkpoint.manifest import ObjectEntry, PartRef, TensorEntry, encode_part
 from dtruntime_torch.checkpoint.names import Attempt, CommitKey
 from dtruntime_torch.checkpoint.specs import Extent

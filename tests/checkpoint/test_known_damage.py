@@ -13,7 +13,7 @@ from dtruntime_torch.checkpoint.verify import find_commit, verify
 from dtruntime_torch.errors import CheckpointMismatch, CorruptCheckpoint
 from dtruntime_torch.storage import MemoryBackend, run_sync
 from dtruntime_torch.testing.faulty_backend import FaultyBackend, Stopped
-from tests.checkpoint.delta_ranks import check_step, delta_ranks, make_states, save_all, touch
+from tests.checkpoint.saving.delta_ranks import check_step, delta_ranks, make_states, save_all, touch
 from tests.checkpoint.thread_ranks import together
 
 ALWAYS = dt.DeltaPolicy(max_changed=1.0)

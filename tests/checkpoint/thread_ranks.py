@@ -10,8 +10,8 @@ from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-define
 from dtruntime_torch.barrier import Barrier
 from dtruntime_torch.checkpoint import restore
 from dtruntime_torch.checkpoint.info import CheckpointInfo, LoadedCheckpoint
-from dtruntime_torch.checkpoint.lineage import Lineage
 from dtruntime_torch.checkpoint.save import Saver
+from dtruntime_torch.checkpoint.saving.lineage import Lineage
 from dtruntime_torch.membership import Membership
 from dtruntime_torch.storage import StorageBackend
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import sys
 from collections.abc import Awaitable
 from dataclasses import dataclass
@@ -12,14 +13,21 @@ from typing import Any
 
 import pytest
 
-import dtruntime_torch.checkpoint as package
-from dtruntime_torch.checkpoint import cleaning as _cleaning  # noqa: F401  # so that all of them are loaded
-from dtruntime_torch.checkpoint.retention import RetentionPolicy
+from dtruntime_torch.checkpoint.cleaning.retention import RetentionPolicy
 from tests.checkpoint.commits import NAME
 from tests.checkpoint.walk_storage import Scheduled
 
 # In the order in which they import each other.
-MODULES = ("commit", "look", "stock", "prune_plan", "prune", "sweep", "removals", "cleaning")
+MODULES = (
+    "commit",
+    "cleaning.look",
+    "cleaning.stock",
+    "cleaning.prune_plan",
+    "cleaning.prune",
+    "cleaning.sweep",
+    "cleaning.removals",
+    "cleaning.cleaner",
+)
 
 # Which lines hold a rule of commit_model.py, and what is there without it.
 WITHOUT: dict[str, dict[str, list[tuple[str, str]]]] = {
@@ -144,8 +152,9 @@ def load_code(monkeypatch: pytest.MonkeyPatch, changes: dict[str, list[tuple[str
         changes: module -> (old, new); each old is there exactly once.
     """
     copies: dict[str, ModuleType] = {}
-    for name in MODULES:
-        original = getattr(package, name)
+    for path in MODULES:
+        original = importlib.import_module(f"dtruntime_torch.checkpoint.{path}")
+        package, _, name = original.__name__.rpartition(".")
         source = Path(original.__file__).read_text()
         for old, new in changes.get(name, ()):
             assert source.count(old) == 1, f"{name}: {old}"
@@ -153,11 +162,11 @@ def load_code(monkeypatch: pytest.MonkeyPatch, changes: dict[str, list[tuple[str
         copy = ModuleType(original.__name__)
         monkeypatch.setitem(sys.modules, original.__name__, copy)
         exec(compile(source, original.__file__, "exec"), copy.__dict__)
-        monkeypatch.setattr(package, name, copy)
+        monkeypatch.setattr(sys.modules[package], name, copy)
         if hasattr(copy, "asyncio"):
             copy.asyncio = SimpleNamespace(wait_for=wait_for, TimeoutError=asyncio.TimeoutError)  # type: ignore[attr-defined]
         copies[name] = copy
-    return Code(copies["commit"], copies["cleaning"])
+    return Code(copies["commit"], copies["cleaner"])
 
 
 def no_clock() -> float:

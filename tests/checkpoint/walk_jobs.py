@@ -14,13 +14,14 @@ from typing import Any
 import torch
 
 from dtruntime_torch import _C
-from dtruntime_torch.checkpoint import catalog, names, shard_file
-from dtruntime_torch.checkpoint.delta import Base, make_delta
+from dtruntime_torch.checkpoint import catalog, names
 from dtruntime_torch.checkpoint.flatten import flatten_state
-from dtruntime_torch.checkpoint.layout import Layout, make_layout
 from dtruntime_torch.checkpoint.manifest import Commit, decode_commit, decode_manifest, decode_part
 from dtruntime_torch.checkpoint.names import Attempt
-from dtruntime_torch.checkpoint.save_plan import make_save_plan
+from dtruntime_torch.checkpoint.saving import shard_file
+from dtruntime_torch.checkpoint.saving.delta import Base, make_delta
+from dtruntime_torch.checkpoint.saving.layout import Layout, make_layout
+from dtruntime_torch.checkpoint.saving.save_plan import make_save_plan
 from dtruntime_torch.checkpoint.specs import SavePlan
 from dtruntime_torch.errors import CheckpointNotFound, CommitConflict, CorruptCheckpoint
 from tests.checkpoint.commits import NAME, manifest_of

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
 import dtruntime_torch as dt
-from dtruntime_torch.checkpoint import node_memory, placement
+from dtruntime_torch.checkpoint.loading import node_memory, placement
 from dtruntime_torch.checkpoint.state.local_shard import local_part
 from dtruntime_torch.errors import BarrierTimeout
 from dtruntime_torch.storage import LocalBackend

@@ -21,8 +21,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from dtruntime_torch.checkpoint.flatten import FlatState, flatten_state
+from dtruntime_torch.checkpoint.loading.targets import bind_targets
 from dtruntime_torch.checkpoint.state.local_shard import BoxFinder
-from dtruntime_torch.checkpoint.targets import bind_targets
 from dtruntime_torch.errors import InvalidArgument, UnsupportedType
 from tests.checkpoint.memory_checkpoint import MemoryCheckpoint, box, checkpoint_of, exact, load
 

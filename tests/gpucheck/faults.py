@@ -7,7 +7,7 @@ import ctypes
 import torch
 
 from dtruntime_torch import _C
-from dtruntime_torch.checkpoint.stager import Stager
+from dtruntime_torch.checkpoint.staging.stager import Stager
 from tests.gpucheck.host_device import StagingSide
 
 

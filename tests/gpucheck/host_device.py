@@ -14,8 +14,8 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 import dtruntime_torch.ops  # noqa: F401  registers torch.ops.dtruntime
 from dtruntime_torch import _C
-from dtruntime_torch.checkpoint.device import Event, as_bytes
-from dtruntime_torch.checkpoint.stager import Stager
+from dtruntime_torch.checkpoint.staging.device import Event, as_bytes
+from dtruntime_torch.checkpoint.staging.stager import Stager
 from dtruntime_torch.gpucheck.device import Moment
 from dtruntime_torch.gpucheck.sizes import KIB, Sizes
 from tests.gpucheck.host_native import HostNative
@@ -146,7 +146,7 @@ class HostBench:
 
 
 class StagingSide:
-    """The side of a `HostBench` that `dtruntime_torch.checkpoint.device.Device` is for: what a stager copies with."""
+    """The side of a `HostBench` that `dtruntime_torch.checkpoint.staging.device.Device` is for: what a stager copies with."""
 
     def __init__(self, bench: HostBench) -> None:
         self._bench = bench

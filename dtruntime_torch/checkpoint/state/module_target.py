@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from dtruntime_torch.checkpoint.format.records import ObjectEntry
-from dtruntime_torch.checkpoint.load_plan import lies_in
+from dtruntime_torch.checkpoint.loading.load_plan import lies_in
 from dtruntime_torch.checkpoint.objects import decode
 from dtruntime_torch.checkpoint.state.local_shard import BoxFinder, dtype_name, is_dtensor, local_tensor
 from dtruntime_torch.checkpoint.state.nest import SavedLeaf

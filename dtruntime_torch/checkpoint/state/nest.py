@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from dtruntime_torch.checkpoint.format.records import ObjectEntry
-from dtruntime_torch.checkpoint.load_plan import SavedState, SavedTensor
+from dtruntime_torch.checkpoint.loading.load_plan import SavedState, SavedTensor
 from dtruntime_torch.checkpoint.specs import Kind, Path
 from dtruntime_torch.errors import CheckpointMismatch
 

@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 import torch
 
 from dtruntime_torch.checkpoint.format.records import ObjectEntry
-from dtruntime_torch.checkpoint.load_plan import SavedTensor
+from dtruntime_torch.checkpoint.loading.load_plan import SavedTensor
 from dtruntime_torch.checkpoint.objects import decode
 from dtruntime_torch.checkpoint.specs import Path
 from dtruntime_torch.checkpoint.state.fqns import parameters_of

@@ -10,7 +10,7 @@ import torch
 
 import dtruntime_torch.ops  # noqa: F401  # registers the copy that `fill_tensor` uses
 from dtruntime_torch.checkpoint.format.records import ObjectEntry
-from dtruntime_torch.checkpoint.load_plan import SavedTensor
+from dtruntime_torch.checkpoint.loading.load_plan import SavedTensor
 from dtruntime_torch.checkpoint.specs import Shape, TensorSpec
 from dtruntime_torch.checkpoint.state.local_shard import Box, BoxFinder, is_dtensor, local_part
 from dtruntime_torch.checkpoint.state.nest import SavedLeaf, bytes_of, names_along, nest

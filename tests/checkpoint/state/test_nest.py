@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dtruntime_torch.checkpoint.flatten import PerRank, flatten_state
 from dtruntime_torch.checkpoint.format.records import ObjectEntry
-from dtruntime_torch.checkpoint.load_plan import SavedState
+from dtruntime_torch.checkpoint.loading.load_plan import SavedState
 from dtruntime_torch.checkpoint.specs import Path, PathKey
 from dtruntime_torch.checkpoint.state.nest import build_state
 from dtruntime_torch.errors import CheckpointMismatch, InvalidArgument

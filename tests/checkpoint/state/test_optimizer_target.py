@@ -11,8 +11,8 @@ import torch
 
 from dtruntime_torch.checkpoint import objects
 from dtruntime_torch.checkpoint.flatten import PerRank, flatten_state
+from dtruntime_torch.checkpoint.loading.targets import bind_targets
 from dtruntime_torch.checkpoint.state.optimizer_groups import scalar_device
-from dtruntime_torch.checkpoint.targets import bind_targets
 from dtruntime_torch.errors import CorruptCheckpoint
 from tests.checkpoint.memory_checkpoint import checkpoint_of, differences, exact, load, same_bits, save
 from tests.checkpoint.optimizers import OPTIMIZERS, make_model, train

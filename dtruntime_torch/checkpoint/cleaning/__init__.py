@@ -1,0 +1,1 @@
+"""What is kept and what goes, and the order in which it goes."""

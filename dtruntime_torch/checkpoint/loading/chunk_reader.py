@@ -1,0 +1,200 @@
+"""Whether bytes on storage are those that were committed, and if not, exactly which are not.
+
+Two requests are under way at a time, so that one is digested while the next arrives, and checking a checkpoint
+of any size takes the memory of two.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+
+from typing_extensions import Buffer
+
+from dtruntime_torch import _C
+from dtruntime_torch.checkpoint.format.records import FileRef, Part
+from dtruntime_torch.checkpoint.loading.read_requests import (
+    Piece,
+    Request,
+    pieces_by_file,
+    requests_for,
+    split_at,
+)
+from dtruntime_torch.checkpoint.specs import DIGEST_BYTES, digest_length
+from dtruntime_torch.errors import Damage, NotFound, StorageError
+from dtruntime_torch.storage.backend import StorageBackend
+from dtruntime_torch.storage.sync import in_thread
+
+REQUESTS_AT_A_TIME = 2
+
+
+async def check_entries(
+    backend: StorageBackend,
+    name: str,
+    part: Part,
+    wanted: Iterable[int],
+    on_bytes: Callable[[int], object] | None = None,
+) -> list[Damage]:
+    """Checks every chunk of tensors of a part, and the header of every file that they are in.
+
+    Args:
+        backend: where the checkpoint lies.
+        name: of the checkpoint.
+        part: describes the tensors.
+        wanted: positions among the part's tensors.
+        on_bytes: called with the number of bytes of tensors that were just checked.
+
+    Returns:
+        All damage, by file and position; a file that is missing or has another length is damage too.
+
+    Raises:
+        StorageError: the storage failed otherwise; nothing is known of the bytes.
+    """
+    pieces = pieces_by_file(part, wanted)
+    return await _Reader(backend, name, part, on_bytes).read_files(pieces)
+
+
+async def check_part(
+    backend: StorageBackend, name: str, part: Part, on_bytes: Callable[[int], object] | None = None
+) -> list[Damage]:
+    """Checks every tensor of a part, and every file that it names, be there tensors in it or not.
+
+    The arguments, the result and the errors are those of `check_entries`.
+    """
+    pieces = pieces_by_file(part, range(len(part.tensors)))
+    of_files = {file: pieces.get(file, []) for file in range(len(part.files))}
+    return await _Reader(backend, name, part, on_bytes).read_files(of_files)
+
+
+class _Reader:
+    """One call of `check_entries` or `check_part`."""
+
+    def __init__(
+        self,
+        backend: StorageBackend,
+        name: str,
+        part: Part,
+        on_bytes: Callable[[int], object] | None,
+    ) -> None:
+        self._backend = backend
+        self._name = name
+        self._part = part
+        self._on_bytes = on_bytes or (lambda _: None)
+        self._gate = asyncio.Semaphore(REQUESTS_AT_A_TIME)
+
+    async def read_files(self, pieces: Mapping[int, Sequence[Piece]]) -> list[Damage]:
+        damage: list[Damage] = []
+        for file in sorted(pieces):
+            damage += await self._read_file(file, pieces[file])
+        return damage
+
+    async def _read_file(self, file: int, pieces: Sequence[Piece]) -> list[Damage]:
+        known = self._part.files[file]
+        size = await self._size(known)
+        if size is None:
+            self._on_bytes(sum(piece.length for piece in pieces))
+            return [Damage(self._path(known), None, 0, known.length, f"{known.length} bytes", "missing")]
+        there, lost = split_at(pieces, size, self._part.chunk_bytes)
+        damage = self._check_length(known, size) + self._lose(known, lost)
+        if known.header_length <= size:
+            damage += await self._check_header(known)
+        for found in await _all([self._serve(request) for request in requests_for(file, there)]):
+            damage += found
+        return sorted(damage, key=lambda found: (found.start, found.stop))
+
+    async def _serve(self, request: Request) -> list[Damage]:
+        known = self._part.files[request.file]
+        async with self._gate:
+            data = await self._read_range(known, request.offset, request.length)
+            if data is None:
+                return self._lose(known, request.pieces)
+            damage = await in_thread(partial(self._check, request, memoryview(data).cast("B")))
+        self._on_bytes(sum(piece.length for piece in request.pieces))
+        return damage
+
+    def _check(self, request: Request, data: memoryview) -> list[Damage]:
+        pieces, chunk_bytes = request.pieces, self._part.chunk_bytes
+        places = [piece.offset - request.offset for piece in pieces]
+        found = _C.digest_ranges(data, places, [piece.length for piece in pieces], chunk_bytes)
+        damage: list[Damage] = []
+        done = 0
+        for piece in pieces:
+            entry = self._part.tensors[piece.entry]
+            first = piece.start // chunk_bytes * DIGEST_BYTES
+            size = digest_length(piece.length, chunk_bytes)
+            expected, actual = entry.digests[first : first + size], found[done : done + size]
+            done += size
+            if expected != actual:
+                damage += self._damaged_chunks(request.file, piece, expected, actual)
+        return damage
+
+    def _damaged_chunks(self, file: int, piece: Piece, expected: bytes, actual: bytes) -> Iterator[Damage]:
+        path, chunk_bytes = self._path(self._part.files[file]), self._part.chunk_bytes
+        tensor, end = self._part.tensors[piece.entry].fqn, piece.offset + piece.length
+        for number, at in enumerate(range(0, len(expected), DIGEST_BYTES)):
+            here, there = expected[at : at + DIGEST_BYTES], actual[at : at + DIGEST_BYTES]
+            if here != there:
+                start = piece.offset + number * chunk_bytes
+                yield Damage(path, tensor, start, min(start + chunk_bytes, end), here.hex(), there.hex())
+
+    def _check_length(self, known: FileRef, size: int) -> list[Damage]:
+        if size == known.length:
+            return []
+        start, stop = sorted((size, known.length))
+        return [Damage(self._path(known), None, start, stop, f"{known.length} bytes", f"{size} bytes")]
+
+    async def _check_header(self, known: FileRef) -> list[Damage]:
+        header = await self._read_range(known, 0, known.header_length)
+        found = "missing" if header is None else _C.digest(header, known.header_length).hex()
+        if found == known.header_digest.hex():
+            return []
+        return [Damage(self._path(known), None, 0, known.header_length, known.header_digest.hex(), found)]
+
+    def _lose(self, known: FileRef, pieces: Sequence[Piece]) -> list[Damage]:
+        """What to say of pieces that the file no longer has."""
+        self._on_bytes(sum(piece.length for piece in pieces))
+        return [
+            Damage(
+                self._path(known),
+                self._part.tensors[piece.entry].fqn,
+                piece.offset,
+                piece.offset + piece.length,
+                f"{piece.length} bytes",
+                "missing",
+            )
+            for piece in pieces
+        ]
+
+    async def _read_range(self, known: FileRef, offset: int, length: int) -> Buffer | None:
+        """The bytes; None where the file lost them since its length was looked at."""
+        try:
+            data = await self._backend.read_range(self._path(known), offset, length)
+            return data if memoryview(data).nbytes == length else None
+        except NotFound:
+            return None
+        except StorageError:
+            size = await self._size(known)
+            if size is None or size < offset + length:
+                return None
+            raise
+
+    async def _size(self, known: FileRef) -> int | None:
+        try:
+            return await self._backend.size(self._path(known))
+        except NotFound:
+            return None
+
+    def _path(self, known: FileRef) -> str:
+        return f"{self._name}/{known.path}"
+
+
+async def _all(calls: Sequence[Coroutine[None, None, list[Damage]]]) -> list[list[Damage]]:
+    """Runs the calls together; when one fails, none is left running."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,182 @@
+"""One try of one rank to load one commit, step by step: survey, read, check, fill.
+
+Each step but the last ends in a report to the leader; whatever goes wrong becomes part of it, so that all ranks hear of it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from dtruntime_torch import _C, errors
+from dtruntime_torch.checkpoint.loading.assembly import Staged
+from dtruntime_torch.checkpoint.loading.chunk_needs import pack, unpack
+from dtruntime_torch.checkpoint.loading.contents import Contents, read_shares, survey_contents
+from dtruntime_torch.checkpoint.loading.load_verdicts import Report
+from dtruntime_torch.checkpoint.loading.node_memory import this_node
+from dtruntime_torch.checkpoint.loading.node_shares import Shares, divide
+from dtruntime_torch.checkpoint.loading.placement import place
+from dtruntime_torch.checkpoint.loading.targets import Targets, bind_targets
+from dtruntime_torch.checkpoint.manifest import Commit
+from dtruntime_torch.errors import CorruptCheckpoint
+from dtruntime_torch.storage import StorageBackend, run_sync
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a load was asked for; the same on all ranks.
+
+    Attributes:
+        step: by number, or None.
+        keys: the names to fill, and what lies below them; None for all.
+        strict: names that only one side has are an error.
+    """
+
+    step: int | None
+    keys: tuple[str, ...] | None
+    strict: bool
+
+
+class LoadRound:
+    """What one rank makes of the commit that was picked.
+
+    Args:
+        backend: where the checkpoint lies.
+        commit: what was picked.
+        rank: this rank.
+        state: to be filled.
+        asked: what for.
+
+    Attributes:
+        error: what went wrong on this rank.
+        memory: of each rank of the node, for what more than one of them needs; None or empty where nothing is shared.
+    """
+
+    def __init__(
+        self, backend: StorageBackend, commit: Commit, rank: int, state: object, asked: Asked
+    ) -> None:
+        self._backend = backend
+        self._commit = commit
+        self._rank = rank
+        self._state = state
+        self._asked = asked
+        self._targets: Targets | None = None
+        self._contents: Contents | None = None
+        self._tensors: Mapping[str, torch.Tensor] = {}
+        self._values: dict[str, object] = {}
+        self._shares: Shares | None = None
+        self._staged = Staged()
+        self._ranks: tuple[int, ...] = (rank,)
+        self.error: Exception | None = None
+        self.memory: dict[int, _C.Arena] | None = None
+
+    @property
+    def contents(self) -> Contents:
+        """What the checkpoint holds, once it was surveyed."""
+        assert self._contents is not None
+        return self._contents
+
+    def survey(self, refuse_others: Callable[[], None]) -> Report:
+        """Compares the state with the checkpoint; no data is read.
+
+        Args:
+            refuse_others: raises if the leader was asked for something else.
+        """
+
+        def survey() -> Report:
+            refuse_others()
+            self._targets = targets = bind_targets(self._state)
+            self._contents = run_sync(
+                survey_contents(
+                    self._backend,
+                    self._commit,
+                    self._rank,
+                    lambda saved: targets.want(saved, self._asked.keys),
+                )
+            )
+            wanted = self._contents.wanted
+            return {
+                "kind": "sound",
+                "differences": wanted.differences,
+                "missing": wanted.missing,
+                "unexpected": wanted.unexpected,
+                "node": this_node(),
+                "needs": pack(self._contents.needs),
+            }
+
+        return self._report(survey)
+
+    def divide(self, nodes: Sequence[dict[str, Any]]) -> tuple[Sequence[int], int]:
+        """Learns with whom this rank shares what is read.
+
+        Args:
+            nodes: as the verdict has them.
+
+        Returns:
+            The ranks of this node, if they have anything in common, and the bytes that this rank reads for all.
+        """
+        for node in nodes:
+            if self._rank in node["ranks"]:
+                self._ranks = tuple(node["ranks"])
+                needs = [unpack(packed) for packed in node["needs"]]
+                needs = needs * len(self._ranks) if len(needs) == 1 else needs
+                self._shares = divide(needs, self.contents.parts)
+                position = self._ranks.index(self._rank)
+                return self._ranks, place(self._shares.common[position]).nbytes
+        return (), 0
+
+    def read(self) -> Report:
+        """Reads this rank's share, straight into the memory of the node, and what only this rank needs."""
+
+        def read() -> Report:
+            contents, shares, ranks = self.contents, self._shares, self._ranks
+            if self.memory is None or shares is None:
+                shares, ranks = divide([contents.needs], contents.parts), (self._rank,)
+            common = [self.memory[rank] for rank in ranks] if self.memory else []
+            staged = run_sync(read_shares(self._backend, contents, shares, ranks.index(self._rank), common))
+            self._staged = staged
+            return {"kind": "sound"}
+
+        return self._report(read)
+
+    def check(self) -> Report:
+        """Asks the targets whether they take what was read; all of it has to be there."""
+
+        def check() -> Report:
+            assert self._targets is not None
+            self._tensors, self._values = self.contents.tensors(self._staged), self.contents.values()
+            self._targets.check(self._tensors, self._values)
+            return {"kind": "sound"}
+
+        return self._report(check)
+
+    def fill(self) -> str:
+        """Fills the state; returns what went wrong, or nothing."""
+        assert self._targets is not None
+        try:
+            self._targets.apply(self._tensors, self._values)
+        except Exception as error:
+            self.error = error
+            return errors.to_record(error)["message"]
+        return ""
+
+    def release(self) -> None:
+        """Lets go of what was read."""
+        self.memory, self._staged, self._tensors, self._values = None, Staged(), {}, {}
+
+    def _report(self, step: Callable[[], Report]) -> Report:
+        try:
+            return step()
+        except CorruptCheckpoint as error:
+            self.error = error
+            return {"kind": "damaged", "message": str(error), "damage": [asdict(d) for d in error.damage]}
+        except Exception as error:
+            logger.debug("step %d could not be loaded", self._commit.step, exc_info=True)
+            self.error = error
+            return {"kind": "failed", **errors.to_record(error)}

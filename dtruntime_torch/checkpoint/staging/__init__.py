@@ -1,0 +1,1 @@
+"""Tensors into the arena that is the image of the file, digested on the way."""
