@@ -547,6 +547,34 @@ def read_extents(
         MemoryError: the system refuses the memory to copy what lies unaligned.
     """
 
+def read_and_digest(
+    path: str | bytes | PathLike[str],
+    targets: Iterable[Buffer],
+    offsets: Sequence[int],
+    chunk_bytes: int,
+    threads: int = 0,
+) -> bytes:
+    """Reads pieces of a file to where they belong and digests their chunks while they are in the caches.
+
+    Through the page cache, so that memory may lie anywhere, and what one process has read the others of the host find
+    there. Pieces are read in the order in which they are given.
+
+    Args:
+        path: a regular file.
+        targets: the memory of each piece, writable. After a failure its contents are undefined.
+        offsets: where each begins in the file. Pieces may overlap there.
+        chunk_bytes: size of a chunk. Chunks are counted from the start of their piece and never span two.
+        threads: that read at once; 0: one for each CPU and at least 4, to keep a disk busy.
+
+    Returns:
+        The digests of all chunks, as `digest` gives them, in the order of the pieces.
+
+    Raises:
+        ValueError: two targets share a byte, the sequences differ in length, or `path` is no regular file; nothing was
+            read.
+        EOFError, OSError: as for `read_extents`.
+    """
+
 def rename_noreplace(source: str | bytes | PathLike[str], target: str | bytes | PathLike[str]) -> None:
     """Renames a file in one step, and only if there is nothing at `target` (renameat2, RENAME_NOREPLACE).
 

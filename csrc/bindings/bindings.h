@@ -27,6 +27,7 @@ void bind_copy_job(py::module_& module);
 void bind_cuda(py::module_& module);
 void bind_digest(py::module_& module);
 void bind_digest_into(py::module_& module);
+void bind_digest_read(py::module_& module);
 void bind_file_io(py::module_& module);
 void bind_permutation(py::module_& module);
 void bind_system_calls(py::module_& module);

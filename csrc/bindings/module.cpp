@@ -9,6 +9,7 @@ PYBIND11_MODULE(_C, module) {
   bind_cuda(module);
   bind_digest(module);
   bind_digest_into(module);
+  bind_digest_read(module);
   bind_file_io(module);
   bind_permutation(module);
   bind_system_calls(module);
