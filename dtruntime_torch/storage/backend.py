@@ -116,3 +116,31 @@ class StorageBackend(Protocol):
 
         Only for a prefix where nobody writes any more, or where whoever does may fail.
         """
+
+
+@runtime_checkable
+class ReadsChunks(Protocol):
+    """What a backend may have besides: reads straight to where the bytes belong, digested on the way.
+
+    For one whose processes on a host get the bytes that another has read without asking the storage again, as through
+    the page cache of a file system.
+    """
+
+    async def read_chunks(
+        self, path: str, offsets: Sequence[int], into: Sequence[memoryview], chunk_bytes: int
+    ) -> bytes:
+        """Fills pieces of memory from a file, and digests what arrived.
+
+        Args:
+            path: of the file.
+            offsets: where each piece begins in it.
+            into: the pieces, as for `read_range`; none shares a byte with another.
+            chunk_bytes: size of a chunk; chunks are counted from the start of their piece.
+
+        Returns:
+            The XXH3-128 digests of all chunks, 16 bytes each, in the order of the pieces.
+
+        Raises:
+            NotFound: nothing is there.
+            StorageError: the file ends before that, or could not be read.
+        """

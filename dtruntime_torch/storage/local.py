@@ -84,6 +84,14 @@ class LocalBackend:
         check_target(path, length, into)
         return await in_thread(partial(self._read, path, offset, length, into))
 
+    async def read_chunks(
+        self, path: str, offsets: Sequence[int], into: Sequence[memoryview], chunk_bytes: int
+    ) -> bytes:
+        for offset, target in zip(offsets, into, strict=True):
+            check_range(path, offset, target.nbytes)
+            check_target(path, target.nbytes, target)
+        return await in_thread(partial(self._read_chunks, path, offsets, into, chunk_bytes))
+
     async def size(self, path: str) -> int:
         return await in_thread(partial(self._size, path))
 
@@ -189,6 +197,14 @@ class LocalBackend:
             if length < _DIRECT_FROM:
                 return _read_buffered(descriptor, offset, length)
             return self._calls.read_file(opened, offset, length)
+
+    def _read_chunks(
+        self, path: str, offsets: Sequence[int], into: Sequence[memoryview], chunk_bytes: int
+    ) -> bytes:
+        place = self._locate(path, follow=True)
+        with explained("read", place), _opened(place) as (descriptor, _):
+            opened = f"/proc/self/fd/{descriptor}"
+            return self._calls.read_and_digest(opened, offsets, into, chunk_bytes)
 
     def _size(self, path: str) -> int:
         place = self._locate(path, follow=True)

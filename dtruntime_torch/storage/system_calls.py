@@ -28,6 +28,12 @@ class SystemCalls:
         """Fills `target`, past the page cache if `direct`; `EOFError` if the file ends before."""
         _C.read_extents(path, target, [(0, offset, target.nbytes)], direct=direct)
 
+    def read_and_digest(
+        self, path: str, offsets: Sequence[int], into: Sequence[memoryview], chunk_bytes: int
+    ) -> bytes:
+        """Fills the targets and returns the digests of their chunks; `EOFError` if the file ends before."""
+        return _C.read_and_digest(path, into, offsets, chunk_bytes)
+
     def link(self, source: str, target: str) -> None:
         """Gives a file a second name; never replaces one."""
         os.link(source, target)

@@ -22,8 +22,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from typing_extensions import Buffer
 
+from dtruntime_torch import _C
 from dtruntime_torch.errors import AlreadyExists, InvalidArgument, NotFound, StorageError
-from dtruntime_torch.storage.backend import Entry, StorageBackend
+from dtruntime_torch.storage.backend import Entry, ReadsChunks, StorageBackend
 from dtruntime_torch.storage.sync import run_sync
 
 BAD_PATHS = [
@@ -46,6 +47,12 @@ BAD_PATHS = [
 ]
 SIZES = [0, 1, 4095, 4096, 4097, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, (9 << 20) + 5]
 CREATORS = 32
+
+
+def _reads_chunks(backend: StorageBackend) -> ReadsChunks:
+    if not isinstance(backend, ReadsChunks):
+        pytest.skip("it reads no chunks")
+    return backend
 
 
 class StorageConformance:
@@ -172,6 +179,28 @@ class StorageConformance:
             into = memoryview(memory)[1 : length + 1]
             assert run_sync(backend.read_range("file", offset, length, into=into)) is into
             assert memory == b"\xa5" + data[offset : offset + length] + b"\xa5"
+
+    def test_chunks_go_where_they_are_told_with_their_digests(self, backend: StorageBackend) -> None:
+        reader = _reads_chunks(backend)
+        data = pattern(5000)
+        run_sync(backend.write("file", data))
+        memory = bytearray(b"\xa5" * 3002)
+        view = memoryview(memory)
+        found = run_sync(
+            reader.read_chunks("file", [4000, 0, 7], [view[1:1001], view[1001:1001], view[1001:3001]], 64)
+        )
+        assert memory == b"\xa5" + data[4000:] + data[7:2007] + b"\xa5"
+        assert found == _C.digest(data[4000:], 64) + _C.digest(data[7:2007], 64)
+
+    def test_chunks_past_the_end_and_of_no_file_are_refused(self, backend: StorageBackend) -> None:
+        reader = _reads_chunks(backend)
+        run_sync(backend.write("file", pattern(10)))
+        with pytest.raises(StorageError, match="file.*10"):
+            run_sync(reader.read_chunks("file", [5], [memoryview(bytearray(6))], 64))
+        with pytest.raises(NotFound):
+            run_sync(reader.read_chunks("nothing", [0], [memoryview(bytearray(6))], 64))
+        with pytest.raises(InvalidArgument):
+            run_sync(reader.read_chunks("file", [0], [memoryview(bytes(6))], 64))
 
     @pytest.mark.parametrize("memory", [bytearray(3), bytearray(5), bytes(4)])
     def test_memory_that_a_range_does_not_fit_is_refused(
