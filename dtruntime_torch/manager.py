@@ -185,6 +185,7 @@ class CheckpointManager:
         *,
         keys: Collection[str] | None = None,
         strict: bool = True,
+        all_or_nothing: bool = False,
     ) -> LoadedCheckpoint:
         """Fills `state` in place from the newest sound checkpoint; on all ranks the same one, or none.
 
@@ -202,6 +203,10 @@ class CheckpointManager:
                 has are left out, as by torch's `load_state_dict`. Shapes and dtypes of what both have must agree,
                 and an optimizer that is loaded must have the parameters, in the groups, that it was saved with: to
                 load a model with a new head, leave the optimizer out by `keys`.
+            all_or_nothing: if True, nothing of the state is touched before every byte was read and its digest
+                compared. That takes as much memory again, and longer. If False, tensors in host memory are filled as
+                they are read; where a chunk then turns out to be damaged, an older checkpoint fills them again, and
+                if none is left the error says that the state holds parts of what is damaged.
 
         Returns:
             What was loaded, with the `missing_keys` and `unexpected_keys` of all ranks together.
@@ -209,7 +214,7 @@ class CheckpointManager:
         Raises:
             CheckpointNotFound: nothing is committed, or not that step.
             CheckpointMismatch: names, shapes or dtypes differ, all of them listed; nothing was changed.
-            CorruptCheckpoint: no sound checkpoint is left, or that step is damaged; nothing was changed.
+            CorruptCheckpoint: no sound checkpoint is left, or that step is damaged.
             NewerFormat: it needs a later version of this package; nothing was changed.
             LoadFailed: some rank could not read it, or not fill its state.
         """
@@ -219,9 +224,17 @@ class CheckpointManager:
         self._loads += 1
         self._saver.wait()
         key = f"load/{self._loads}"
-        distrust = self._lineage.distrust
         loaded = restore.load(
-            self._backend, self.name, self._members, state, step, key, keys, strict, distrust
+            self._backend,
+            self.name,
+            self._members,
+            state,
+            step,
+            key,
+            keys,
+            strict,
+            all_or_nothing,
+            on_damage=self._lineage.distrust,
         )
         self._lineage.follow(loaded.info.key, loaded.newest)
         self._saver.health.note_good()

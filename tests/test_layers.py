@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "checkpoint.arguments checkpoint.saving.delta checkpoint.format.checks checkpoint.loading.load_plan checkpoint.format.part_json checkpoint.loading.read_requests checkpoint.cleaning.retention",
         "checkpoint.format.manifest_json checkpoint.saving.lineage",
         "checkpoint.loading.chunk_needs checkpoint.manifest",
-        "checkpoint.info checkpoint.loading.load_verdicts checkpoint.loading.node_shares checkpoint.loading.placement",
+        "checkpoint.info checkpoint.loading.landings checkpoint.loading.load_verdicts checkpoint.loading.node_shares checkpoint.loading.placement",
         "checkpoint.saving.messages",
     ),
     (
@@ -49,8 +49,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "checkpoint.loading.assembly checkpoint.staging.chunk_table checkpoint.commit checkpoint.diff checkpoint.cleaning.prune_plan checkpoint.saving.shard_file checkpoint.verify",
-        "checkpoint.loading.contents checkpoint.staging.device checkpoint.cleaning.prune checkpoint.cleaning.sweep",
-        "checkpoint.cleaning.removals checkpoint.staging.sources",
+        "checkpoint.loading.home_reader checkpoint.staging.device checkpoint.cleaning.prune checkpoint.cleaning.sweep",
+        "checkpoint.cleaning.removals checkpoint.loading.contents checkpoint.staging.sources",
         "checkpoint.cleaning.cleaner checkpoint.staging.device_work",
         "checkpoint.staging.device_changes checkpoint.staging.device_copies",
         "checkpoint.staging.stager",

@@ -1,8 +1,10 @@
 """A load, agreed by all ranks: the leader picks a commit, everyone reads and checks its share, all fill together.
 
-Nothing of the state is touched before every rank has all that it needs and every digest agreed, so that a damaged or
-foreign checkpoint changes nothing. The price is host memory for what the ranks of a node need, once, and for what their
-tensors are put together in where the shards are cut anew.
+Nothing of the state is touched before all ranks know that names, shapes, dtypes and the lengths of the files fit. Then
+contiguous tensors on the host are read straight into place, each chunk digested on the way; all else is read beside the
+state, into memory that the ranks of a node share, and checked before that. Where a chunk is damaged, all ranks go to the
+checkpoint before it, which fills the same tensors; if there is none, the error says that they hold parts of it. With
+`all_or_nothing` everything is read beside the state, and nothing is touched before every digest agreed.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from dtruntime_torch.errors import (
     CheckpointMismatch,
     CorruptCheckpoint,
     Damage,
+    DTRuntimeError,
     InvalidArgument,
     LoadFailed,
 )
@@ -43,9 +46,14 @@ MAX_ROUNDS = 1000
 
 R = TypeVar("R")
 
+HALF_FILLED = "tensors of the state hold bytes of what could not be loaded: load something else into them, or build them anew"
+
 # What turned out to be damaged, and where.
 Rejected = dict[CommitKey, Sequence[Damage]]
 OnDamage = Callable[[CommitKey], object]
+
+# What a rank was asked for: step, keys, strict, all_or_nothing.
+_Unchecked = tuple[int | None, Collection[str] | None, bool, bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +86,7 @@ def load(
     key: str,
     keys: Collection[str] | None = None,
     strict: bool = True,
+    all_or_nothing: bool = False,
     on_damage: OnDamage | None = None,
 ) -> Loaded:
     """Fills `state` from the newest sound checkpoint, or from the newest generation's of `step`.
@@ -93,24 +102,31 @@ def load(
         key: prefix of this load in the Store.
         keys: fill only these names and what lies below them; None for all.
         strict: names that only the state or only the checkpoint has are an error.
+        all_or_nothing: fill nothing before all that is read was checked.
         on_damage: called with each commit that all ranks agree is damaged, however the load ends.
 
     Raises:
         CheckpointNotFound: nothing is committed, or not that step.
         CorruptCheckpoint: no sound checkpoint is left, or that step is damaged.
-        CheckpointMismatch: names, shapes or dtypes differ from the state's; nothing was changed.
+        CheckpointMismatch: names, shapes or dtypes differ from the state's.
         LoadFailed: ranks failed for other reasons. Where all of them raised one error of ours, it is raised as such.
     """
+    touched: set[str] = set()
 
     def attempt(number: int, rejected: Rejected, notes: list[str]) -> Loaded | None:
         one = _Load(backend, name, members, f"{key}/{number}")
         try:
-            return one.try_one(state, (step, keys, strict), rejected, notes)
+            return one.try_one(state, (step, keys, strict, all_or_nothing), rejected, notes, touched)
         except _Damaged as damaged:
             _reject(damaged, step, rejected, notes, on_damage)
             return None
 
-    return _until_loaded(name, members.rank == 0, attempt)
+    try:
+        return _until_loaded(name, members.rank == 0, attempt)
+    except DTRuntimeError as error:
+        if touched:
+            error.args = (f"{error}; {HALF_FILLED}", *error.args[1:])
+        raise
 
 
 def load_fresh(
@@ -129,7 +145,9 @@ def load_fresh(
     chosen = check_keys(keys)
 
     def attempt(number: int, rejected: Rejected, notes: list[str]) -> tuple[object] | None:
-        commit = _pick(backend, name, Asked(step, chosen, True), rejected, notes).commit
+        commit = _pick(
+            backend, name, Asked(step, chosen, strict=True, all_or_nothing=False), rejected, notes
+        ).commit
         try:
             contents = run_sync(
                 survey_contents(backend, commit, rank, lambda saved: _want_all(saved, chosen))
@@ -180,9 +198,10 @@ class _Load:
     def try_one(
         self,
         state: object,
-        asked: tuple[int | None, Collection[str] | None, bool],
+        asked: _Unchecked,
         rejected: Rejected,
         notes: list[str],
+        touched: set[str],
     ) -> Loaded | None:
         """Returns None if the commit vanished meanwhile."""
 
@@ -194,7 +213,7 @@ class _Load:
         commit = Commit(**fields)
         leaders = _checked(**wanted)
         what = f"step {commit.step} of {self._name}"
-        this = LoadRound(self._backend, commit, self._members.rank, state, leaders)
+        this = LoadRound(self._backend, commit, self._members.rank, state, leaders, touched)
 
         def judge(reports: Sequence[Report]) -> Verdict:
             return load_verdicts.judge(what, reports, lambda: self._is_there(commit))
@@ -208,7 +227,8 @@ class _Load:
         if not self._goes_on(agreed, commit, this):
             return None
         try:
-            if not self._read_together(this, agreed["nodes"], commit, judge):
+            turn = tuple(agreed["turns"][self._members.rank])
+            if not self._read_together(this, agreed["nodes"], turn, commit, judge):
                 return None
             self._fill_together(this)
         finally:
@@ -223,6 +243,7 @@ class _Load:
         self,
         this: LoadRound,
         nodes: Sequence[dict[str, Any]],
+        turn: tuple[int, int],
         commit: Commit,
         judge: Callable[[Sequence[Report]], Verdict],
     ) -> bool:
@@ -231,7 +252,11 @@ class _Load:
             ranks, nbytes = this.divide(nodes)
             tag = f"dtruntime-{self._members.run_id}-{self._key.replace('/', '-')}"
             this.memory = share_memory(self._barrier, self._key, tag, ranks, nbytes)
-        stages: tuple[tuple[str, Callable[[], Report]], ...] = (("read", this.read), ("check", this.check))
+        stages: tuple[tuple[str, Callable[[], Report]], ...] = (
+            ("read", this.read),
+            ("check", this.check),
+            ("home", lambda: this.read_home(turn)),
+        )
         return all(self._goes_on(self._meet(stage, step, judge), commit, this) for stage, step in stages)
 
     def _meet(
@@ -319,11 +344,13 @@ def _pick(backend: StorageBackend, name: str, asked: Asked, rejected: Rejected, 
     return _Picked(commit, newest, asked)
 
 
-def _checked(step: int | None, keys: Collection[str] | None, strict: bool) -> Asked:
-    return Asked(None if step is None else check_step(step), check_keys(keys), bool(strict))
+def _checked(step: int | None, keys: Collection[str] | None, strict: bool, all_or_nothing: bool) -> Asked:
+    return Asked(
+        None if step is None else check_step(step), check_keys(keys), bool(strict), bool(all_or_nothing)
+    )
 
 
-def _refuse_others(asked: tuple[int | None, Collection[str] | None, bool], leaders: Asked) -> None:
+def _refuse_others(asked: _Unchecked, leaders: Asked) -> None:
     mine = _checked(*asked)
     if mine != leaders:
         raise InvalidArgument(
@@ -333,7 +360,9 @@ def _refuse_others(asked: tuple[int | None, Collection[str] | None, bool], leade
 
 def _words(asked: Asked) -> str:
     keys = "" if asked.keys is None else f" with keys {list(asked.keys)}"
-    return f"step {asked.step}{keys}{'' if asked.strict else ' with strict=False'}"
+    flags = "" if asked.strict else " with strict=False"
+    flags += " with all_or_nothing=True" if asked.all_or_nothing else ""
+    return f"step {asked.step}{keys}{flags}"
 
 
 async def _is_committed(backend: StorageBackend, commit: Commit) -> bool:

@@ -49,7 +49,9 @@ class Rank:
         self.loads += 1
         key = f"load/{self.loads}"
         distrust = self.lineage.distrust
-        loaded = restore.load(self.backend, "model", self.members, state, step, key, keys, strict, distrust)
+        loaded = restore.load(
+            self.backend, "model", self.members, state, step, key, keys, strict, on_damage=distrust
+        )
         self.lineage.follow(loaded.info.key, loaded.newest)
         return loaded.info
 

@@ -83,11 +83,17 @@ class Assembled(Mapping[str, torch.Tensor]):
         plan: the boxes of which they consist.
         specs: the wanted shards.
         parts: rank that saved -> its part.
-        staged: holds all chunks that the plan needs.
+        staged: holds all chunks that the plan needs, but for those of shards in `homes`.
+        homes: fqn -> a wanted shard that is there already.
     """
 
     def __init__(
-        self, plan: LoadPlan, specs: Sequence[TensorSpec], parts: Mapping[int, Part], staged: Staged
+        self,
+        plan: LoadPlan,
+        specs: Sequence[TensorSpec],
+        parts: Mapping[int, Part],
+        staged: Staged,
+        homes: Mapping[str, torch.Tensor],
     ) -> None:
         self._specs = {spec.fqn: spec for spec in specs}
         self._boxes: dict[str, list[ReadItem]] = {fqn: [] for fqn in self._specs}
@@ -95,8 +101,11 @@ class Assembled(Mapping[str, torch.Tensor]):
             self._boxes[item.wanted.fqn].append(item)
         self._parts = parts
         self._staged = staged
+        self._homes = homes
 
     def __getitem__(self, fqn: str) -> torch.Tensor:
+        if fqn in self._homes:
+            return self._homes[fqn]
         return _assemble(self._specs[fqn], self._boxes[fqn], self._parts, self._staged)
 
     def __iter__(self) -> Iterator[str]:
@@ -114,11 +123,18 @@ def _assemble(
     dtype = getattr(torch, spec.dtype)
     count = torch.Size(spec.shape).numel()
     tensor = _tensor_on(_new_bytes(count * dtype.itemsize), dtype).view(spec.shape)
-    for item in items:
-        tensor[_slices(item.target, item.shape)] = _stored_box(
-            parts[item.rank].tensors[item.entry], item, staged
-        )
+    scatter(tensor, items, parts, staged)
     return tensor
+
+
+def scatter(
+    tensor: torch.Tensor, items: Sequence[ReadItem], parts: Mapping[int, Part], staged: Staged
+) -> None:
+    """Copies the boxes of a wanted shard to their places in it."""
+    with torch.no_grad():
+        for item in items:
+            box = _stored_box(parts[item.rank].tensors[item.entry], item, staged)
+            tensor.detach()[_slices(item.target, item.shape)] = box
 
 
 def _stored_box(entry: TensorEntry, item: ReadItem, staged: Staged) -> torch.Tensor:

@@ -7,7 +7,7 @@ reader allocate more than the files justify; then the bytes, each chunk checked.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,8 @@ from dtruntime_torch import _C
 from dtruntime_torch.checkpoint import catalog, objects
 from dtruntime_torch.checkpoint.loading.assembly import Assembled, Staged
 from dtruntime_torch.checkpoint.loading.chunk_needs import Needs, needs_of, runs_of
+from dtruntime_torch.checkpoint.loading.home_reader import read_home
+from dtruntime_torch.checkpoint.loading.landings import find_landings
 from dtruntime_torch.checkpoint.loading.load_plan import SavedState, index_parts, make_load_plan
 from dtruntime_torch.checkpoint.loading.node_shares import Shares, divide
 from dtruntime_torch.checkpoint.loading.placement import place
@@ -24,7 +26,7 @@ from dtruntime_torch.checkpoint.loading.targets import Wanted
 from dtruntime_torch.checkpoint.manifest import Commit, Manifest, Part
 from dtruntime_torch.checkpoint.specs import LoadPlan
 from dtruntime_torch.errors import CorruptCheckpoint, Damage
-from dtruntime_torch.storage import StorageBackend
+from dtruntime_torch.storage.backend import ReadsChunks, StorageBackend
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,8 @@ class Contents:
         saved: all that it holds for this rank.
         wanted: what was asked for, and how it differs from what is held.
         plan: the boxes to read; none where anything differs.
-        needs: the chunks that they touch.
+        homes: fqn -> memory that a wanted shard is read straight into, as `Targets.homes` gives it.
+        needs: the chunks that boxes of the other shards touch.
     """
 
     manifest: Manifest
@@ -45,6 +48,7 @@ class Contents:
     saved: SavedState
     wanted: Wanted
     plan: LoadPlan
+    homes: Mapping[str, torch.Tensor]
     needs: Needs
 
     def values(self) -> dict[str, object]:
@@ -53,11 +57,15 @@ class Contents:
 
     def tensors(self, staged: Staged) -> Assembled:
         """The wanted shards, on the host, where possible on the memory that they were read into."""
-        return Assembled(self.plan, self.wanted.tensors, self.parts, staged)
+        return Assembled(self.plan, self.wanted.tensors, self.parts, staged, self.homes)
 
 
 async def survey_contents(
-    backend: StorageBackend, commit: Commit, rank: int, want: Callable[[SavedState], Wanted]
+    backend: StorageBackend,
+    commit: Commit,
+    rank: int,
+    want: Callable[[SavedState], Wanted],
+    find_homes: Callable[[], Mapping[str, torch.Tensor]] = dict,
 ) -> Contents:
     """Reads what a checkpoint holds, and finds what is wanted of it; its data is not read.
 
@@ -66,6 +74,7 @@ async def survey_contents(
         commit: names it.
         rank: whose leaves to take of those that differ by rank.
         want: chooses, given all that the checkpoint holds.
+        find_homes: which of that has memory that it may be read straight into; asked if nothing differs.
 
     Raises:
         CorruptCheckpoint: a manifest is damaged, or a data file that is needed is missing or has another length.
@@ -77,11 +86,13 @@ async def survey_contents(
     saved = index_parts(parts, rank)
     wanted = want(saved)
     if wanted.differences:
-        return Contents(manifest, parts, saved, wanted, LoadPlan(()), {})
+        return Contents(manifest, parts, saved, wanted, LoadPlan(()), {}, {})
     plan = make_load_plan(saved, parts, wanted.tensors)
-    needs = needs_of(plan, parts)
-    refuse_damage(manifest, await check_sizes(backend, manifest.name, parts, runs_of(parts, needs)))
-    return Contents(manifest, parts, saved, wanted, plan, needs)
+    runs = runs_of(parts, needs_of(plan, parts))
+    refuse_damage(manifest, await check_sizes(backend, manifest.name, parts, runs))
+    homes = find_homes()
+    others = LoadPlan(tuple(item for item in plan.items if item.wanted.fqn not in homes))
+    return Contents(manifest, parts, saved, wanted, plan, homes, needs_of(others, parts))
 
 
 async def read_alone(backend: StorageBackend, contents: Contents) -> Staged:
@@ -91,6 +102,26 @@ async def read_alone(backend: StorageBackend, contents: Contents) -> Staged:
         CorruptCheckpoint: with every damaged range that was met.
     """
     return await read_shares(backend, contents, divide([contents.needs], contents.parts), 0)
+
+
+async def read_homes(
+    backend: StorageBackend, reader: ReadsChunks, contents: Contents, turn: tuple[int, int]
+) -> None:
+    """Reads what has memory of its own straight into that.
+
+    Args:
+        backend: where the checkpoint lies.
+        reader: the same, as what reads chunks.
+        contents: of this rank.
+        turn: which of how many ranks of the host this is.
+
+    Raises:
+        CorruptCheckpoint: with every damaged range that was met; the memory is undefined then.
+    """
+    landings = find_landings(contents.plan, contents.homes.keys(), contents.parts)
+    name = contents.manifest.name
+    damage = await read_home(backend, reader, name, contents.parts, landings, contents.homes, turn)
+    refuse_damage(contents.manifest, damage)
 
 
 async def read_shares(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -15,15 +15,17 @@ import torch
 from dtruntime_torch import _C, errors
 from dtruntime_torch.checkpoint.loading.assembly import Staged
 from dtruntime_torch.checkpoint.loading.chunk_needs import pack, unpack
-from dtruntime_torch.checkpoint.loading.contents import Contents, read_shares, survey_contents
+from dtruntime_torch.checkpoint.loading.contents import Contents, read_homes, read_shares, survey_contents
+from dtruntime_torch.checkpoint.loading.load_plan import SavedState
 from dtruntime_torch.checkpoint.loading.load_verdicts import Report
 from dtruntime_torch.checkpoint.loading.node_memory import this_node
 from dtruntime_torch.checkpoint.loading.node_shares import Shares, divide
 from dtruntime_torch.checkpoint.loading.placement import place
-from dtruntime_torch.checkpoint.loading.targets import Targets, bind_targets
+from dtruntime_torch.checkpoint.loading.targets import Targets, Wanted, bind_targets
 from dtruntime_torch.checkpoint.manifest import Commit
 from dtruntime_torch.errors import CorruptCheckpoint
 from dtruntime_torch.storage import StorageBackend, run_sync
+from dtruntime_torch.storage.backend import ReadsChunks
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +38,13 @@ class Asked:
         step: by number, or None.
         keys: the names to fill, and what lies below them; None for all.
         strict: names that only one side has are an error.
+        all_or_nothing: nothing is filled before all that is read was checked.
     """
 
     step: int | None
     keys: tuple[str, ...] | None
     strict: bool
+    all_or_nothing: bool
 
 
 class LoadRound:
@@ -52,6 +56,7 @@ class LoadRound:
         rank: this rank.
         state: to be filled.
         asked: what for.
+        touched: names of tensors of the state that hold bytes of a checkpoint which was not loaded; added to.
 
     Attributes:
         error: what went wrong on this rank.
@@ -59,7 +64,13 @@ class LoadRound:
     """
 
     def __init__(
-        self, backend: StorageBackend, commit: Commit, rank: int, state: object, asked: Asked
+        self,
+        backend: StorageBackend,
+        commit: Commit,
+        rank: int,
+        state: object,
+        asked: Asked,
+        touched: set[str],
     ) -> None:
         self._backend = backend
         self._commit = commit
@@ -73,6 +84,8 @@ class LoadRound:
         self._shares: Shares | None = None
         self._staged = Staged()
         self._ranks: tuple[int, ...] = (rank,)
+        self._reader = backend if isinstance(backend, ReadsChunks) else None
+        self._touched = touched
         self.error: Exception | None = None
         self.memory: dict[int, _C.Arena] | None = None
 
@@ -97,7 +110,8 @@ class LoadRound:
                     self._backend,
                     self._commit,
                     self._rank,
-                    lambda saved: targets.want(saved, self._asked.keys),
+                    lambda saved: self._want(targets, saved),
+                    dict if self._reader is None or self._asked.all_or_nothing else targets.homes,
                 )
             )
             wanted = self._contents.wanted
@@ -111,6 +125,14 @@ class LoadRound:
             }
 
         return self._report(survey)
+
+    def _want(self, targets: Targets, saved: SavedState) -> Wanted:
+        wanted = targets.want(saved, self._asked.keys)
+        stale = sorted(self._touched.difference(spec.fqn for spec in wanted.tensors))
+        lines = [
+            f"{fqn}: holds bytes of a newer step that is damaged, and is not in this one" for fqn in stale
+        ]
+        return replace(wanted, differences=(*wanted.differences, *lines))
 
     def divide(self, nodes: Sequence[dict[str, Any]]) -> tuple[Sequence[int], int]:
         """Learns with whom this rank shares what is read.
@@ -155,6 +177,17 @@ class LoadRound:
             return {"kind": "sound"}
 
         return self._report(check)
+
+    def read_home(self, turn: tuple[int, int]) -> Report:
+        """Reads the rest straight into the tensors of the state, on this rank's turn of that many of its host."""
+
+        def read_home() -> Report:
+            if self._reader is not None and self.contents.homes:
+                self._touched.update(self.contents.homes)
+                run_sync(read_homes(self._backend, self._reader, self.contents, turn))
+            return {"kind": "sound"}
+
+        return self._report(read_home)
 
     def fill(self) -> str:
         """Fills the state; returns what went wrong, or nothing."""

@@ -60,8 +60,8 @@ def judge_surveys(
     """Decides, once all have compared their states with the checkpoint, whether it is read, and who shares what.
 
     A sound report has `differences`, `missing` and `unexpected` as `Wanted` has them, `node` and `needs`. A verdict
-    "go" has `missing`, `unexpected`, and `nodes`: for each node whose ranks need something in common `ranks` and their
-    `needs`, one entry if all have the same.
+    "go" has `missing`, `unexpected`; `turns`: for each rank, which of how many of its node it is; and `nodes`: for each
+    node whose ranks need something in common `ranks` and their `needs`, one entry if all have the same.
     """
     verdict = judge(what, reports, is_committed)
     if verdict["verdict"] != "go":
@@ -84,7 +84,17 @@ def judge_surveys(
         return _verdict(
             "differs", f"{what} does not fit the state ({advice}):\n  " + "\n  ".join(_capped(lines))
         )
-    return {**verdict, "missing": missing, "unexpected": unexpected, "nodes": _nodes(reports)}
+    by_node: dict[str, list[int]] = {}
+    for rank, report in enumerate(reports):
+        by_node.setdefault(report["node"], []).append(rank)
+    turns = {rank: (turn, len(ranks)) for ranks in by_node.values() for turn, rank in enumerate(ranks)}
+    return {
+        **verdict,
+        "missing": missing,
+        "unexpected": unexpected,
+        "turns": [turns[rank] for rank in range(len(reports))],
+        "nodes": _nodes(by_node.values(), reports),
+    }
 
 
 def _lines(of_ranks: Sequence[Sequence[str]]) -> list[str]:
@@ -109,12 +119,9 @@ def _capped(lines: Sequence[str]) -> list[str]:
     return [*lines[:MOST_LINES], *([f"and {rest} more"] if rest > 0 else [])]
 
 
-def _nodes(reports: Sequence[Report]) -> list[dict[str, Any]]:
-    by_node: dict[str, list[int]] = {}
-    for rank, report in enumerate(reports):
-        by_node.setdefault(report["node"], []).append(rank)
+def _nodes(of_nodes: Iterable[list[int]], reports: Sequence[Report]) -> list[dict[str, Any]]:
     nodes = []
-    for ranks in by_node.values():
+    for ranks in of_nodes:
         packed = [reports[rank]["needs"] for rank in ranks]
         if _have_common([unpack(one) for one in packed]):
             same = all(one == packed[0] for one in packed)

@@ -52,7 +52,7 @@ async def read_share(
         StorageError: the storage failed otherwise; nothing is known of the bytes.
     """
     reader = _ShareReader(backend, name, parts, memory)
-    await reader.check_headers(headers)
+    reader.suspects |= await check_headers(backend, name, parts, headers)
     await reader.read(placement)
     runs = [run for run, _ in placement.runs]
     return reader.damage + await explain(backend, name, parts, runs, reader.suspects)
@@ -76,6 +76,69 @@ async def check_sizes(
         if size != files[path].length:
             suspects[path] = StorageError(f"{name}/{path} has {size} bytes, not {files[path].length}")
     return await explain(backend, name, parts, runs, suspects)
+
+
+async def check_headers(
+    backend: StorageBackend, name: str, parts: Mapping[int, Part], paths: Iterable[str]
+) -> Suspects:
+    """Compares the headers of files with the digests that were committed.
+
+    Args:
+        backend: as for `read_share`.
+        name: as for `read_share`.
+        parts: as for `read_share`.
+        paths: of the files.
+
+    Returns:
+        Those with which something is wrong.
+    """
+    suspects: Suspects = {}
+    files = files_of(parts)
+    for path in paths:
+        known = files[path]
+        header = memoryview(bytearray(known.header_length))
+        try:
+            await read_into(backend, f"{name}/{path}", 0, header)
+        except StorageError as error:
+            suspects[path] = error
+            continue
+        if _C.digest(header, known.header_length) != known.header_digest:
+            suspects[path] = StorageError(f"the header of {name}/{path} changed")
+    return suspects
+
+
+async def read_into(backend: StorageBackend, place: str, offset: int, into: memoryview) -> None:
+    """Fills memory from a file.
+
+    Raises:
+        StorageError: it could not be read, or gave too little.
+    """
+    got = memoryview(await backend.read_range(place, offset, into.nbytes, into=into)).nbytes
+    if got != into.nbytes:
+        raise StorageError(f"{place} gave {got} of {into.nbytes} bytes at {offset}")
+
+
+def changed_chunks(name: str, parts: Mapping[int, Part], run: Run, found: bytes) -> Iterator[Damage]:
+    """Compares the digests of a run's chunks with those that were committed.
+
+    Args:
+        name: of the checkpoint.
+        parts: rank that saved -> its part.
+        run: whole chunks.
+        found: their digests, as they were read.
+    """
+    part = parts[run.part]
+    entry, chunk_bytes = part.tensors[run.entry], part.chunk_bytes
+    first = run.start // chunk_bytes * DIGEST_BYTES
+    expected = entry.digests[first : first + len(found)]
+    if expected == found:
+        return
+    for number, at in enumerate(range(0, len(found), DIGEST_BYTES)):
+        here, there = expected[at : at + DIGEST_BYTES], found[at : at + DIGEST_BYTES]
+        if here != there:
+            start = run.offset + number * chunk_bytes
+            stop = min(start + chunk_bytes, run.offset + run.length)
+            yield Damage(f"{name}/{run.path}", entry.fqn, start, stop, here.hex(), there.hex())
 
 
 async def explain(
@@ -121,18 +184,9 @@ class _ShareReader:
         self._backend = backend
         self._name = name
         self._parts = parts
-        self._files = files_of(parts)
         self._memory = memory
         self.damage: list[Damage] = []
         self.suspects: Suspects = {}
-
-    async def check_headers(self, paths: Iterable[str]) -> None:
-        for path in paths:
-            known = self._files[path]
-            header = memoryview(bytearray(known.header_length))
-            await self._fetch(path, 0, header)
-            if _C.digest(header, known.header_length) != known.header_digest:
-                self.suspects.setdefault(path, StorageError(f"the header of {self._name}/{path} changed"))
 
     async def read(self, placement: Placement) -> None:
         waiting = deque(placement.runs)
@@ -148,11 +202,8 @@ class _ShareReader:
         return run
 
     async def _fetch(self, path: str, offset: int, into: memoryview) -> None:
-        place = f"{self._name}/{path}"
         try:
-            got = memoryview(await self._backend.read_range(place, offset, into.nbytes, into=into)).nbytes
-            if got != into.nbytes:
-                raise StorageError(f"{place} gave {got} of {into.nbytes} bytes at {offset}")
+            await read_into(self._backend, f"{self._name}/{path}", offset, into)
         except StorageError as error:
             self.suspects.setdefault(path, error)
 
@@ -166,20 +217,8 @@ class _ShareReader:
             done = 0
             for run, _ in pairs:
                 size = digest_length(run.length, chunk_bytes)
-                first = run.start // chunk_bytes * DIGEST_BYTES
-                expected = self._parts[run.part].tensors[run.entry].digests[first : first + size]
-                if expected != found[done : done + size]:
-                    self.damage += self._damaged(run, chunk_bytes, expected, found[done : done + size])
+                self.damage += changed_chunks(self._name, self._parts, run, found[done : done + size])
                 done += size
-
-    def _damaged(self, run: Run, chunk_bytes: int, expected: bytes, actual: bytes) -> Iterator[Damage]:
-        tensor, end = self._parts[run.part].tensors[run.entry].fqn, run.offset + run.length
-        for number, at in enumerate(range(0, len(expected), DIGEST_BYTES)):
-            here, there = expected[at : at + DIGEST_BYTES], actual[at : at + DIGEST_BYTES]
-            if here != there:
-                start = run.offset + number * chunk_bytes
-                stop = min(start + chunk_bytes, end)
-                yield Damage(f"{self._name}/{run.path}", tensor, start, stop, here.hex(), there.hex())
 
 
 def _arrived(

@@ -1,6 +1,7 @@
 """A checkpoint back into the objects of a state: first what is wanted of it and what differs, then filling in place.
 
-Nothing is touched before `apply`, so that a checkpoint that does not fit changes nothing.
+Nothing is touched before `apply`, so that a checkpoint that does not fit changes nothing; but for what the reader puts
+straight into `homes`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dtruntime_torch.checkpoint.state.local_shard import BoxFinder, local_part
 from dtruntime_torch.checkpoint.state.module_target import module_request, tensor_request, wrapping_request
 from dtruntime_torch.checkpoint.state.nest import build_state, leaves_of
 from dtruntime_torch.checkpoint.state.optimizer_target import optimizer_request
-from dtruntime_torch.checkpoint.state.overlaps import Fill, check_fills
+from dtruntime_torch.checkpoint.state.overlaps import Fill, check_fills, shared_names
 from dtruntime_torch.checkpoint.state.stateful import Survey
 from dtruntime_torch.checkpoint.state.traverse import Node, is_stateful, name_clash, nodes_below
 from dtruntime_torch.checkpoint.state.wanted import (
@@ -23,6 +24,7 @@ from dtruntime_torch.checkpoint.state.wanted import (
     Request,
     Wanted,
     divide,
+    homes_of,
     missing,
     needed_box,
     nested_copies,
@@ -120,6 +122,18 @@ class Targets:
         entries = (entry for node in modules for _, entry in self._survey.entries_of(node))
         return any(lies_in(entry.fqn, (key,)) for entry in entries)
 
+    def homes(self) -> dict[str, torch.Tensor]:
+        """The memory that wanted shards may be read straight into: fqn -> a contiguous tensor on the host.
+
+        None shares memory with another tensor of the state. To be asked once after `want`, if nothing differs; of
+        what an optimizer does not have yet this makes the tensors.
+        """
+        requests = (request for _, request in self._requests)
+        homes = {fqn: local_part(home) for fqn, home in homes_of(requests).items()}
+        fills = [Fill(node.fqn, local_part(node.value)) for node in self._tensors_filled_in_place()]
+        shared = shared_names([*fills, *(Fill(fqn, home) for fqn, home in homes.items())])
+        return {fqn: home.detach() for fqn, home in homes.items() if fqn not in shared and _is_plain(home)}
+
     def check(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, object]) -> None:
         """Finds what only shows once it was read; nothing is changed.
 
@@ -180,6 +194,17 @@ class Targets:
         if isinstance(node.value, Wrapping):
             return wrapping_request(node, below)
         return _value_request(node, below)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether its bytes lie in memory as they are stored."""
+    return (
+        tensor.device.type == "cpu"
+        and type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and tensor.is_contiguous()
+        and not (tensor.is_conj() or tensor.is_neg())
+        and tensor.numel() > 0
+    )
 
 
 def _turn(node: Node) -> int:

@@ -21,6 +21,7 @@ from dtruntime_torch.checkpoint.state.wanted import (
     describe,
     divide,
     fill_tensor,
+    homes_of,
     missing,
     nested_copies,
 )
@@ -66,6 +67,7 @@ def module_request(
         node.value.load_state_dict(new, strict=len(new) == len(state))
 
     request.fill = fill
+    request.homes = lambda: homes_of(requests.values())
     return request
 
 
@@ -81,7 +83,9 @@ def tensor_request(node: Node, below: Below, boxes: BoxFinder) -> Request:
     there = describe(leaf.global_shape, leaf.dtype)
     if there != here:
         return Request(differences=[f"{node.fqn}: checkpoint {there}, state {here}"])
-    request = Request(fill=lambda loaded: fill_tensor(tensor, loaded.tensors[leaf.fqn]))
+    request = Request(
+        homes=lambda: {leaf.fqn: tensor}, fill=lambda loaded: fill_tensor(tensor, loaded.tensors[leaf.fqn])
+    )
     request.want(leaf, boxes.find(tensor, node.fqn))
     return request
 
@@ -111,6 +115,7 @@ def _wrapper_request(entry: Node, below: Below, boxes: BoxFinder) -> Request:
             request.fill(loaded)
 
     total.fill = fill
+    total.homes = lambda: homes_of(requests)
     return total
 
 

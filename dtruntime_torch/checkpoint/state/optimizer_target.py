@@ -79,6 +79,7 @@ def optimizer_request(node: Node, names: Sequence[str], below: Below, boxes: Box
         target.fill(states, loaded)
 
     request.fill = fill
+    request.homes = lambda: target.homes(states)
     return request
 
 
@@ -130,6 +131,8 @@ class _StateTarget:
             for name in members
         }
         self._depth = depth
+        self._homes: dict[str, torch.Tensor] = {}
+        self._taken: set[int] = set().union(*map(_addresses, self._parameters.values()))
 
     def like(self, leaf: SavedLeaf) -> torch.Tensor | None:
         """The tensor whose placements, device and strides a tensor's data takes: what lies there, or the parameter."""
@@ -174,12 +177,11 @@ class _StateTarget:
 
     def fill(self, states: dict[str, list[SavedLeaf]], loaded: Loaded) -> None:
         """Makes the state of each parameter what was saved of it; of one without saved state, none."""
-        place = self._placer()
         for name, parameter in self._parameters.items():
             if name not in states:
                 self._state.pop(parameter, None)
         for name, leaves in states.items():
-            new = rewrapped(nest(leaves, self._depth, lambda leaf: self._value_of(leaf, loaded, place)))
+            new = rewrapped(nest(leaves, self._depth, lambda leaf: self._value_of(leaf, loaded, self._place)))
             key = self._parameters.get(name, name)
             old = self._state.get(key)
             if isinstance(old, dict) and isinstance(new, dict):
@@ -188,23 +190,34 @@ class _StateTarget:
             else:
                 self._state[key] = new
 
-    def _placer(self) -> Callable[[SavedTensor, torch.Tensor], torch.Tensor]:
-        """Gives the function that puts data where it belongs, no two into the same memory."""
-        taken: set[int] = set().union(*map(_addresses, self._parameters.values()))
+    def homes(self, states: dict[str, list[SavedLeaf]]) -> dict[str, torch.Tensor]:
+        """The memory in which the tensors of these states end up."""
+        leaves = (leaf for leaves in states.values() for leaf in leaves)
+        return {
+            leaf.fqn: self._home(leaf)
+            for leaf in leaves
+            if isinstance(leaf, SavedTensor) and not leaf.is_bytes
+        }
 
-        def place(leaf: SavedTensor, data: torch.Tensor) -> torch.Tensor:
-            like, device = self.like(leaf), self._device(leaf)
-            if like is None or like.device != device:
-                return data.to(device, copy=True)
-            if like.dtype == data.dtype and taken.isdisjoint(_addresses(like)):
-                new = like
-            else:
-                new = torch.empty_like(like, dtype=data.dtype, requires_grad=False)
-            taken.update(_addresses(new))
-            fill_tensor(new, data)
-            return new
+    def _place(self, leaf: SavedTensor, data: torch.Tensor) -> torch.Tensor:
+        home = self._home(leaf)
+        fill_tensor(home, data)
+        return home
 
-        return place
+    def _home(self, leaf: SavedTensor) -> torch.Tensor:
+        """Where a tensor's data belongs: what lies there, or a new tensor; no two have the same memory."""
+        if leaf.fqn not in self._homes:
+            self._homes[leaf.fqn] = home = self._find_home(leaf)
+            self._taken.update(_addresses(home))
+        return self._homes[leaf.fqn]
+
+    def _find_home(self, leaf: SavedTensor) -> torch.Tensor:
+        like, device, dtype = self.like(leaf), self._device(leaf), getattr(torch, leaf.dtype)
+        if like is None or like.device != device:
+            return torch.empty(leaf.global_shape, dtype=dtype, device=device)
+        if like.dtype == dtype and self._taken.isdisjoint(_addresses(like)):
+            return like
+        return torch.empty_like(like, dtype=dtype, requires_grad=False)
 
     def _device(self, leaf: SavedTensor) -> torch.device:
         parameter = self._parameters.get(self._name(leaf))

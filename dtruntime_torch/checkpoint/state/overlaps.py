@@ -57,6 +57,21 @@ def check_fills(fills: Iterable[Fill], tensors: Mapping[str, torch.Tensor]) -> N
             _try_out(cluster, tensors)
 
 
+def shared_names(fills: Iterable[Fill]) -> set[str]:
+    """Names of tensors that share memory with one of another name, or reach into each other's."""
+    by_device: dict[torch.device, list[_Placed]] = {}
+    for fill in fills:
+        if fill.target.numel():
+            by_device.setdefault(fill.target.device, []).append(_place(fill))
+    clusters = (
+        cluster
+        for placed in by_device.values()
+        for cluster in _clusters(sorted(placed, key=lambda one: one.start))
+    )
+    names = [{one.fill.fqn for one in cluster} for cluster in clusters]
+    return {name for of_cluster in names if len(of_cluster) > 1 for name in of_cluster}
+
+
 def _place(fill: Fill) -> _Placed:
     target = fill.target
     reach = sum((size - 1) * stride for size, stride in zip(target.shape, target.stride(), strict=True))

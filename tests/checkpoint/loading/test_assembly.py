@@ -50,7 +50,7 @@ def test_every_wanted_element_comes_from_where_it_is_stored(data: st.DataObject,
         offsets, shape = data.draw(boxes_in(shapes[name]))
         specs.append(tensor(name, *shapes[name], dtype="int64", offsets=offsets, shape=shape))
     plan = make_load_plan(saved, parts, specs)
-    found = Assembled(plan, specs, parts, stage(parts, needs_of(plan, parts), arrays, ranks))
+    found = Assembled(plan, specs, parts, stage(parts, needs_of(plan, parts), arrays, ranks), {})
     for spec in specs:
         expected = np.ascontiguousarray(arrays[spec.fqn][slices(spec.offsets, spec.shape)])
         assert found[spec.fqn].is_contiguous() and tuple(found[spec.fqn].shape) == spec.shape
@@ -66,7 +66,7 @@ def test_what_is_stored_as_it_is_wanted_is_not_copied() -> None:
     arena = _C.Arena(placement.nbytes)
     staged = Staged()
     staged.add(placement.runs, memoryview(arena))
-    addresses = [t.data_ptr() - arena.address for t in Assembled(plan, specs, parts, staged).values()]
+    addresses = [t.data_ptr() - arena.address for t in Assembled(plan, specs, parts, staged, {}).values()]
     assert addresses == [64, 6464, 12864]
 
 
@@ -81,7 +81,7 @@ def test_a_tensor_at_an_odd_address_is_moved_to_an_even_one() -> None:
     staged.add([(runs_of(parts, needs)[0], 3)], memory)
     assert torch.frombuffer(staged.range(0, 0, 0, 6400, 16), dtype=torch.uint8).data_ptr() % 16 == 0
     assert bytes(staged.range(0, 0, 0, 6400, 16)) == bytes(memory[3:6403])
-    assert Assembled(plan, [spec], parts, staged)["t0"].data_ptr() % 2 == 1
+    assert Assembled(plan, [spec], parts, staged, {})["t0"].data_ptr() % 2 == 1
 
 
 def test_large_tensors_are_put_together_in_memory_of_their_own() -> None:
@@ -91,14 +91,14 @@ def test_large_tensors_are_put_together_in_memory_of_their_own() -> None:
     spec = tensor("t0", 5 << 20, dtype="uint8")
     plan = make_load_plan(saved, parts, [spec])
     staged = stage(parts, needs, arrays, ranks=2)
-    np.testing.assert_array_equal(Assembled(plan, [spec], parts, staged)["t0"].numpy(), arrays["t0"])
+    np.testing.assert_array_equal(Assembled(plan, [spec], parts, staged, {})["t0"].numpy(), arrays["t0"])
 
 
 def test_what_is_put_together_is_not_kept() -> None:
     parts, needs = whole(640, 1)
     spec = tensor("t0", 640, dtype="uint8")
     plan = make_load_plan(index_parts(parts, 0), parts, [spec])
-    found = Assembled(plan, [spec], parts, stage(parts, needs, {"t0": np.zeros(640, np.uint8)}, ranks=2))
+    found = Assembled(plan, [spec], parts, stage(parts, needs, {"t0": np.zeros(640, np.uint8)}, ranks=2), {})
     assert found["t0"] is not found["t0"] and list(found) == ["t0"] and len(found) == 1
 
 

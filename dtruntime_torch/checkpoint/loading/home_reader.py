@@ -1,0 +1,171 @@
+"""Stored chunks straight into the tensors that they are for, each digested as soon as it is there.
+
+Where something is wrong with a file, `chunk_reader` goes over it once more and says exactly what.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+
+from dtruntime_torch import _C
+from dtruntime_torch.checkpoint.format.records import Part
+from dtruntime_torch.checkpoint.loading.assembly import Staged, scatter
+from dtruntime_torch.checkpoint.loading.chunk_needs import Needs, Run, needs_of, runs_of
+from dtruntime_torch.checkpoint.loading.landings import Landing, Landings, from_turn
+from dtruntime_torch.checkpoint.loading.share_reader import Suspects, changed_chunks, check_headers, explain
+from dtruntime_torch.checkpoint.specs import LoadPlan, ReadItem, digest_length
+from dtruntime_torch.errors import Damage, StorageError
+from dtruntime_torch.storage.backend import ReadsChunks, StorageBackend
+
+# Bytes of a call: enough to keep all threads busy, and soon over when a load is given up.
+CALL_BYTES = 256 << 20
+# Bytes of edges that are held at a time.
+EDGE_BYTES = 64 << 20
+# As far apart lie the runs that one memory holds, so that the elements of each are aligned.
+_ALIGNMENT = 64
+
+
+async def read_home(
+    backend: StorageBackend,
+    reader: ReadsChunks,
+    name: str,
+    parts: Mapping[int, Part],
+    landings: Landings,
+    homes: Mapping[str, torch.Tensor],
+    turn: tuple[int, int] = (0, 1),
+) -> list[Damage]:
+    """Fills tensors from a checkpoint.
+
+    Args:
+        backend: where the checkpoint lies.
+        reader: the same, as what reads chunks.
+        name: of the checkpoint.
+        parts: rank that saved -> its part.
+        landings: what to read.
+        homes: fqn -> the memory of the shard: on the host, contiguous, of the stored dtype. Undefined where damage is
+            returned or an error raised.
+        turn: which of how many ranks of the host this is; each begins elsewhere.
+
+    Returns:
+        All damage, as `chunk_reader.check_entries` gives it.
+
+    Raises:
+        StorageError: the storage failed otherwise; nothing is known of the bytes.
+    """
+    home = _HomeReader(backend, reader, name, parts, homes)
+    await home.check_headers(landings)
+    await home.read_straight(from_turn(landings.straight, *turn))
+    await home.read_edges(landings.edges)
+    for fqn, items in landings.scattered.items():
+        await home.read_scattered(fqn, items)
+    return home.damage + await explain(backend, name, parts, home.runs, home.suspects)
+
+
+class _HomeReader:
+    """One call of `read_home`."""
+
+    def __init__(
+        self,
+        backend: StorageBackend,
+        reader: ReadsChunks,
+        name: str,
+        parts: Mapping[int, Part],
+        homes: Mapping[str, torch.Tensor],
+    ) -> None:
+        self._backend = backend
+        self._reader = reader
+        self._name = name
+        self._parts = parts
+        self._homes = homes
+        self._memory: dict[str, memoryview] = {}
+        self._scratch = memoryview(bytearray())
+        self.runs: list[Run] = []
+        self.damage: list[Damage] = []
+        self.suspects: Suspects = {}
+
+    async def check_headers(self, landings: Landings) -> None:
+        runs = [landing.run for landing in itertools.chain(landings.straight, landings.edges)]
+        for items in landings.scattered.values():
+            runs += runs_of(self._parts, self._needs(items))
+        paths = dict.fromkeys(run.path for run in runs)
+        self.suspects |= await check_headers(self._backend, self._name, self._parts, paths)
+
+    async def read_straight(self, landings: Sequence[Landing]) -> None:
+        for some in _in_calls(landings, CALL_BYTES):
+            await self._read([(one.run, self._place(one)) for one in some])
+
+    async def read_edges(self, landings: Sequence[Landing]) -> None:
+        """Reads chunks of which a part is wanted beside the tensors, and copies that part."""
+        for some in _in_calls(landings, EDGE_BYTES):
+            placed = self._beside([one.run for one in some])
+            await self._read(placed)
+            for landing, (_, memory) in zip(some, placed, strict=True):
+                wanted = memory[landing.skip : landing.skip + landing.length]
+                self._place(landing)[:] = wanted
+
+    async def read_scattered(self, fqn: str, items: Sequence[ReadItem]) -> None:
+        """Reads the chunks of a shard beside it, and copies its boxes."""
+        placed = self._beside(runs_of(self._parts, self._needs(items)))
+        await self._read(placed)
+        staged = Staged()
+        for run, memory in placed:
+            staged.add([(run, 0)], memory)
+        scatter(self._homes[fqn], items, self._parts, staged)
+
+    def _needs(self, items: Sequence[ReadItem]) -> Needs:
+        return needs_of(LoadPlan(tuple(items)), self._parts)
+
+    def _place(self, landing: Landing) -> memoryview:
+        """The memory of what is wanted of a landing."""
+        if landing.fqn not in self._memory:
+            home = self._homes[landing.fqn].detach()
+            self._memory[landing.fqn] = home.reshape(-1).view(torch.uint8).numpy().data
+        return self._memory[landing.fqn][landing.at : landing.at + landing.length]
+
+    def _beside(self, runs: Sequence[Run]) -> list[tuple[Run, memoryview]]:
+        """Memory for runs that is used again for the next ones."""
+        starts = list(
+            itertools.accumulate((run.length + -run.length % _ALIGNMENT for run in runs), initial=0)
+        )
+        if self._scratch.nbytes < starts[-1]:
+            # A new one: views of the old one may be alive still.
+            self._scratch = memoryview(_C.Arena(starts[-1]))
+        return [(run, self._scratch[at : at + run.length]) for run, at in zip(runs, starts, strict=False)]
+
+    async def _read(self, placed: Sequence[tuple[Run, memoryview]]) -> None:
+        """Reads runs to their places and compares the digests of what arrived."""
+        self.runs += [run for run, _ in placed]
+        for (path, chunk_bytes), alike in itertools.groupby(placed, key=self._file_of):
+            pairs = list(alike)
+            offsets, targets = [run.offset for run, _ in pairs], [memory for _, memory in pairs]
+            try:
+                found = await self._reader.read_chunks(f"{self._name}/{path}", offsets, targets, chunk_bytes)
+            except StorageError as error:
+                self.suspects.setdefault(path, error)
+                continue
+            done = 0
+            for run, _ in pairs:
+                size = digest_length(run.length, chunk_bytes)
+                self.damage += changed_chunks(self._name, self._parts, run, found[done : done + size])
+                done += size
+
+    def _file_of(self, pair: tuple[Run, memoryview]) -> tuple[str, int]:
+        run, _ = pair
+        return run.path, self._parts[run.part].chunk_bytes
+
+
+def _in_calls(landings: Iterable[Landing], nbytes: int) -> Iterator[list[Landing]]:
+    """Takes landings in turn, about that many bytes at a time."""
+    some: list[Landing] = []
+    total = 0
+    for landing in landings:
+        some.append(landing)
+        total += landing.run.length
+        if total >= nbytes:
+            yield some
+            some, total = [], 0
+    if some:
+        yield some
