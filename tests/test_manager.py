@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,33 @@ def test_info_tells_what_was_saved(tmp_path):
     assert (info.name, info.step, info.nbytes, info.full, info.world_size) == ("net", 3, 24, True, 1)
     assert info.metadata == {"loss": 0.5} and info.versions["torch"] == torch.__version__
     assert info.path == "net/step-00000003/0001-1" and info.written > 24
+
+
+def test_info_tells_where_a_checkpoint_comes_from(tmp_path):
+    with dt.CheckpointManager(tmp_path) as manager:
+        first, second = (manager.save(STATE, step) for step in (3, 4))
+    with dt.CheckpointManager(tmp_path) as manager:
+        assert manager.load({"w": torch.zeros(6)}, step=3).parent is None
+        third = manager.save(STATE, 4)
+        listed = manager.list()
+    assert [info.parent for info in (first, second, third)] == [None, (1, 3), (1, 3)]
+    assert first.run_id == second.run_id != third.run_id
+    assert listed == [first, second, third]
+    assert [(info.run_id, info.parent) for info in listed] == [
+        (info.run_id, info.parent) for info in (first, second, third)
+    ]
+
+
+def test_info_tells_the_length_and_the_digest_of_each_part(tmp_path):
+    with dt.CheckpointManager(tmp_path) as manager:
+        saved = manager.save(STATE, 3)
+        loaded = manager.load({"w": torch.zeros(6)})
+    (part,) = saved.parts
+    data = (tmp_path / saved.path / part.path).read_bytes()
+    assert (part.rank, part.length, part.sha256) == (0, len(data), hashlib.sha256(data).hexdigest())
+    assert part.data_length == saved.written
+    assert loaded.parts == saved.parts
+    assert part.sha256 not in repr(saved) and saved.run_id in repr(saved)
 
 
 def test_a_save_is_awaitable(tmp_path):
