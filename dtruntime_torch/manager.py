@@ -164,7 +164,7 @@ class CheckpointManager:
                 bytes. State that is meant to differ by rank is wrapped in `PerRank`; of any other one rank's is kept:
                 the lowest rank's, but for what an optimizer owns, which is taken for equal.
             step: the training step; rises from save to save, and starts anew in the line that a load begins.
-            metadata: JSON that the manifest keeps.
+            metadata: JSON that the manifest keeps; its floats may be NaN or infinite.
 
         Returns:
             A handle with `result(timeout)` and `done()`, which may also be awaited.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -222,10 +224,32 @@ def test_a_bad_name_is_refused(tmp_path, name):
         dt.CheckpointManager(tmp_path, name)
 
 
-@pytest.mark.parametrize("metadata", [object(), {1: 2}, (1,), float("nan"), {"t": torch.ones(1)}])
+@pytest.mark.parametrize("metadata", [object(), {1: 2}, (1,), {"~": {2: 3}}, {"t": torch.ones(1)}])
 def test_metadata_that_is_no_json_is_refused(tmp_path, metadata):
     with dt.CheckpointManager(tmp_path) as manager, pytest.raises(InvalidArgument, match="metadata"):
         manager.save(STATE, 1, metadata=metadata)
+
+
+def test_a_loss_that_became_nan_costs_no_save(tmp_path):
+    metadata = {"loss": math.nan, "range": [math.inf, -math.inf], "mean": np.float64("nan"), "lr": 0.1}
+    with dt.CheckpointManager(tmp_path) as manager:
+        infos = [manager.save(STATE, 1, metadata), *manager.list(), manager.load({"w": torch.zeros(6)})]
+    for info in infos:
+        assert repr(info.metadata) == "{'loss': nan, 'lr': 0.1, 'mean': nan, 'range': [inf, -inf]}"
+
+
+def test_metadata_that_is_nested_too_deep_is_refused_at_the_door(tmp_path):
+    endless: list[object] = []
+    endless.append(endless)
+    deep: list[object] = []
+    for _ in range(600):
+        deep = [deep]
+    with dt.CheckpointManager(tmp_path) as manager:
+        for metadata in (deep, endless):
+            with pytest.raises(InvalidArgument, match="metadata.* 64 containers"):
+                manager.save(STATE, 1, metadata)
+        assert manager.list() == [] and manager.failed_saves == 0
+        assert manager.save(STATE, 1).step == 1
 
 
 def test_a_path_that_is_a_file_is_refused(tmp_path):
