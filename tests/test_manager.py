@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from typing_extensions import assert_type
 
 import dtruntime_torch as dt
 from dtruntime_torch.checkpoint.names import CommitKey
@@ -303,6 +304,19 @@ def test_a_writer_writes_bytes_and_states_under_any_name(tmp_path):
         assert manager.load_checkpoint("blob", step=1) == b"data"
         loaded = manager.load_checkpoint("net")
     assert isinstance(loaded, dict) and torch.equal(loaded["w"], STATE["w"])
+
+
+def test_what_load_checkpoint_returns_needs_no_cast_where_it_is_a_state_dict(tmp_path: Path) -> None:
+    # What is claimed of types here, mypy checks.
+    with dt.CheckpointManager(tmp_path) as manager:
+        manager.save({"model": torch.nn.Linear(2, 2)}, 1)
+        model = torch.nn.Linear(2, 2)
+        model.load_state_dict(manager.load_checkpoint()["model"])
+        asyncio.run(dt.CheckpointWriter(tmp_path).write_checkpoint("blob", 1, b"data"))
+        data = manager.load_checkpoint("blob")
+        assert isinstance(data, bytes)
+        assert_type(data, bytes)
+        assert data == b"data"
 
 
 def test_a_writer_keeps_metadata(tmp_path):
