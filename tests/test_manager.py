@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import inspect
 import math
 from pathlib import Path
 
@@ -31,6 +32,12 @@ STATE = {"w": torch.arange(6.0)}
 
 def files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_every_public_policy_is_something_that_the_manager_takes():
+    taken = str(inspect.signature(dt.CheckpointManager))
+    policies = [name for name in dt.__all__ if name.endswith("Policy")]
+    assert policies and [name for name in policies if name not in taken] == []
 
 
 def test_nothing_is_made_before_the_first_save(tmp_path):
