@@ -15,7 +15,7 @@ from dtruntime_torch._version import __version__
 if TYPE_CHECKING:
     from dtruntime_torch.build import build_info
     from dtruntime_torch.checkpoint.cleaning.prune_plan import PruneReport
-    from dtruntime_torch.checkpoint.cleaning.retention import KeepBest, RetentionPolicy
+    from dtruntime_torch.checkpoint.cleaning.retention import KeepBest
     from dtruntime_torch.checkpoint.flatten import PerRank, register_codec
     from dtruntime_torch.checkpoint.info import CheckpointInfo, LoadedCheckpoint
     from dtruntime_torch.checkpoint.saving.delta import DeltaPolicy
@@ -44,7 +44,6 @@ _HOMES = {
     "MemoryBackend": "dtruntime_torch.storage",
     "PerRank": "dtruntime_torch.checkpoint.flatten",
     "PruneReport": "dtruntime_torch.checkpoint.cleaning.prune_plan",
-    "RetentionPolicy": "dtruntime_torch.checkpoint.cleaning.retention",
     "RetryPolicy": "dtruntime_torch.retry",
     "SaveHandle": "dtruntime_torch.checkpoint.saving.handle",
     "SaveMetrics": "dtruntime_torch.checkpoint.saving.handle",
@@ -67,7 +66,6 @@ __all__ = [
     "MemoryBackend",
     "PerRank",
     "PruneReport",
-    "RetentionPolicy",
     "RetryPolicy",
     "SaveHandle",
     "SaveMetrics",

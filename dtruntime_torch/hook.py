@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import TypeVar
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from dtruntime_torch.checkpoint.flatten import PerRank
+from dtruntime_torch.checkpoint.flatten import PerRank, Stateful
 from dtruntime_torch.checkpoint.objects import Json
 from dtruntime_torch.checkpoint.saving.handle import SaveHandle
 from dtruntime_torch.counts import check_count
@@ -20,15 +20,6 @@ from dtruntime_torch.rng import RngState
 from dtruntime_torch.sampler import ElasticDistributedSampler
 
 Batch = TypeVar("Batch")
-
-
-@runtime_checkable
-class Stateful(Protocol):
-    """What has a state that can be taken and put back."""
-
-    def state_dict(self) -> dict[str, object]: ...
-
-    def load_state_dict(self, state_dict: dict[str, object]) -> object: ...
 
 
 class CheckpointHook:

@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Collection, Iterable
 from types import TracebackType
-from typing import get_args
+from typing import Any, get_args
 
 from torch.distributed.distributed_c10d import ProcessGroup, Store
 
@@ -164,7 +164,7 @@ class CheckpointManager:
                 bytes. State that is meant to differ by rank is wrapped in `PerRank`; of any other one rank's is kept:
                 the lowest rank's, but for what an optimizer owns, which is taken for equal.
             step: the training step; rises from save to save, and starts anew in the line that a load begins.
-            metadata: JSON that the manifest keeps.
+            metadata: JSON that the manifest keeps; its floats may be NaN or infinite.
 
         Returns:
             A handle with `result(timeout)` and `done()`, which may also be awaited.
@@ -242,7 +242,7 @@ class CheckpointManager:
 
     def load_checkpoint(
         self, name: str | None = None, step: int | None = None, keys: Collection[str] | None = None
-    ) -> object:
+    ) -> dict[str, Any] | Any:
         """Reads a whole checkpoint, or a part of it, on this process alone.
 
         Args:
@@ -253,16 +253,23 @@ class CheckpointManager:
         Returns:
             A fresh state dict with tensors on the host, or the bytes that were saved. Of what differs by rank it
             has this rank's. Its tensors share the memory that was read into: that is free when all of them are.
+            Only the checkpoint knows which of the two. To a type checker it is a dict, so that the usual case needs
+            no cast; who saved bytes writes `assert isinstance(data, bytes)`.
 
         Raises:
             CheckpointNotFound, CorruptCheckpoint: as for `load`.
             CheckpointMismatch: a key names nothing, or ranks saved what does not fit into one state.
+
+        Example:
+            state = manager.load_checkpoint(step=1000)
+            model.load_state_dict(state["model"])
         """
         name = self.name if name is None else name
         check_name(name)
         step = None if step is None else check_step(step)
         distrust = self._lineage.distrust if name == self.name else None
-        return restore.load_fresh(self._backend, name, step, self._members.rank, keys, distrust)
+        loaded: Any = restore.load_fresh(self._backend, name, step, self._members.rank, keys, distrust)
+        return loaded
 
     def latest(self) -> CheckpointInfo | None:
         """Describes the newest checkpoint whose manifest is readable, or None; its data is not read.

@@ -47,7 +47,7 @@ class CheckpointWriter:
             name: of the checkpoint.
             step: above the newest step of that name.
             data: bytes, or a state as for `CheckpointManager.save`; it may change when this returns.
-            metadata: JSON that the manifest keeps.
+            metadata: JSON that the manifest keeps; its floats may be NaN or infinite.
 
         Raises:
             CommitConflict: the step is not above the newest one of that name.

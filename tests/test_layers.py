@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "dtruntime_torch"
+PAGE = ROOT / "docs" / "ARCHITECTURE.md"
 CORE = ROOT / "csrc" / "core"
 CUDA = ROOT / "csrc" / "cuda"
 BINDINGS = ROOT / "csrc" / "bindings"
@@ -29,8 +30,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "checkpoint.staging.copy_plan checkpoint.saving.layout checkpoint.objects checkpoint.saving.save_plan testing testing.*",
         "checkpoint.format.records checkpoint.format.strict_json",
-        "checkpoint.arguments checkpoint.saving.delta checkpoint.format.checks checkpoint.loading.load_plan checkpoint.format.part_json checkpoint.loading.read_requests checkpoint.cleaning.retention",
-        "checkpoint.format.manifest_json checkpoint.saving.lineage",
+        "checkpoint.saving.delta checkpoint.format.checks checkpoint.format.metadata_json checkpoint.loading.load_plan checkpoint.format.part_json checkpoint.loading.read_requests checkpoint.cleaning.retention",
+        "checkpoint.arguments checkpoint.format.manifest_json checkpoint.saving.lineage",
         "checkpoint.loading.chunk_needs checkpoint.manifest",
         "checkpoint.info checkpoint.loading.landings checkpoint.loading.load_verdicts checkpoint.loading.node_shares checkpoint.loading.placement",
         "checkpoint.saving.messages",
@@ -166,6 +167,38 @@ def test_every_module_has_one_place():
 def test_every_entry_is_in_use():
     entries = [entry for steps in LAYERS for step in steps for entry in step.split()]
     assert [entry for entry in entries if not any(fnmatchcase(name, entry) for name in MODULES)] == []
+
+
+def named_by(cell: str) -> set[str]:
+    """The modules that a cell of the page's table names: "`a`, `b`; `folder/` `c`, `d`", a group as "`cli/`"."""
+    found = set()
+    for part in cell.split(";"):
+        folder = ""
+        for name in re.findall(r"`([\w/]+)`", part):
+            if name.endswith("/") and name[:-1] not in GROUPS:
+                folder = name.replace("/", ".")
+            else:
+                found.add(folder + name)
+    return found
+
+
+def listed_in(steps: tuple[str, ...]) -> set[str]:
+    """The modules of a layer as the page names them: those of a group by its folder, packages not at all."""
+    modules = {
+        name for name in MODULES if name and any(fnmatchcase(name, e) for step in steps for e in step.split())
+    }
+    alone = {name for name in modules if not group_of(name) and MODULES[name].stem != "__init__"}
+    return alone | {f"{group}/" for group in map(group_of, modules) if group}
+
+
+def test_the_table_of_the_page_has_each_module_in_its_layer():
+    rows = re.findall(r"^\| (\d) \| (.*?) \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    told = {int(layer): named_by(cell) for layer, cell in rows}
+    true = {layer: listed_in(steps) for layer, steps in enumerate(LAYERS)}
+    assert told.keys() == true.keys()
+    missing = {layer: sorted(true[layer] - told[layer]) for layer in true if true[layer] - told[layer]}
+    wrong = {layer: sorted(told[layer] - true[layer]) for layer in told if told[layer] - true[layer]}
+    assert (missing, wrong) == ({}, {})
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name])

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import inspect
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from typing_extensions import assert_type
 
 import dtruntime_torch as dt
 from dtruntime_torch.checkpoint.names import CommitKey
@@ -27,6 +32,12 @@ STATE = {"w": torch.arange(6.0)}
 
 def files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_every_public_policy_is_something_that_the_manager_takes():
+    taken = str(inspect.signature(dt.CheckpointManager))
+    policies = [name for name in dt.__all__ if name.endswith("Policy")]
+    assert policies and [name for name in policies if name not in taken] == []
 
 
 def test_nothing_is_made_before_the_first_save(tmp_path):
@@ -82,6 +93,33 @@ def test_info_tells_what_was_saved(tmp_path):
     assert (info.name, info.step, info.nbytes, info.full, info.world_size) == ("net", 3, 24, True, 1)
     assert info.metadata == {"loss": 0.5} and info.versions["torch"] == torch.__version__
     assert info.path == "net/step-00000003/0001-1" and info.written > 24
+
+
+def test_info_tells_where_a_checkpoint_comes_from(tmp_path):
+    with dt.CheckpointManager(tmp_path) as manager:
+        first, second = (manager.save(STATE, step) for step in (3, 4))
+    with dt.CheckpointManager(tmp_path) as manager:
+        assert manager.load({"w": torch.zeros(6)}, step=3).parent is None
+        third = manager.save(STATE, 4)
+        listed = manager.list()
+    assert [info.parent for info in (first, second, third)] == [None, (1, 3), (1, 3)]
+    assert first.run_id == second.run_id != third.run_id
+    assert listed == [first, second, third]
+    assert [(info.run_id, info.parent) for info in listed] == [
+        (info.run_id, info.parent) for info in (first, second, third)
+    ]
+
+
+def test_info_tells_the_length_and_the_digest_of_each_part(tmp_path):
+    with dt.CheckpointManager(tmp_path) as manager:
+        saved = manager.save(STATE, 3)
+        loaded = manager.load({"w": torch.zeros(6)})
+    (part,) = saved.parts
+    data = (tmp_path / saved.path / part.path).read_bytes()
+    assert (part.rank, part.length, part.sha256) == (0, len(data), hashlib.sha256(data).hexdigest())
+    assert part.data_length == saved.written
+    assert loaded.parts == saved.parts
+    assert part.sha256 not in repr(saved) and saved.run_id in repr(saved)
 
 
 def test_a_save_is_awaitable(tmp_path):
@@ -194,10 +232,32 @@ def test_a_bad_name_is_refused(tmp_path, name):
         dt.CheckpointManager(tmp_path, name)
 
 
-@pytest.mark.parametrize("metadata", [object(), {1: 2}, (1,), float("nan"), {"t": torch.ones(1)}])
+@pytest.mark.parametrize("metadata", [object(), {1: 2}, (1,), {"~": {2: 3}}, {"t": torch.ones(1)}])
 def test_metadata_that_is_no_json_is_refused(tmp_path, metadata):
     with dt.CheckpointManager(tmp_path) as manager, pytest.raises(InvalidArgument, match="metadata"):
         manager.save(STATE, 1, metadata=metadata)
+
+
+def test_a_loss_that_became_nan_costs_no_save(tmp_path):
+    metadata = {"loss": math.nan, "range": [math.inf, -math.inf], "mean": np.float64("nan"), "lr": 0.1}
+    with dt.CheckpointManager(tmp_path) as manager:
+        infos = [manager.save(STATE, 1, metadata), *manager.list(), manager.load({"w": torch.zeros(6)})]
+    for info in infos:
+        assert repr(info.metadata) == "{'loss': nan, 'lr': 0.1, 'mean': nan, 'range': [inf, -inf]}"
+
+
+def test_metadata_that_is_nested_too_deep_is_refused_at_the_door(tmp_path):
+    endless: list[object] = []
+    endless.append(endless)
+    deep: list[object] = []
+    for _ in range(600):
+        deep = [deep]
+    with dt.CheckpointManager(tmp_path) as manager:
+        for metadata in (deep, endless):
+            with pytest.raises(InvalidArgument, match="metadata.* 64 containers"):
+                manager.save(STATE, 1, metadata)
+        assert manager.list() == [] and manager.failed_saves == 0
+        assert manager.save(STATE, 1).step == 1
 
 
 def test_a_path_that_is_a_file_is_refused(tmp_path):
@@ -251,6 +311,19 @@ def test_a_writer_writes_bytes_and_states_under_any_name(tmp_path):
         assert manager.load_checkpoint("blob", step=1) == b"data"
         loaded = manager.load_checkpoint("net")
     assert isinstance(loaded, dict) and torch.equal(loaded["w"], STATE["w"])
+
+
+def test_what_load_checkpoint_returns_needs_no_cast_where_it_is_a_state_dict(tmp_path: Path) -> None:
+    # What is claimed of types here, mypy checks.
+    with dt.CheckpointManager(tmp_path) as manager:
+        manager.save({"model": torch.nn.Linear(2, 2)}, 1)
+        model = torch.nn.Linear(2, 2)
+        model.load_state_dict(manager.load_checkpoint()["model"])
+        asyncio.run(dt.CheckpointWriter(tmp_path).write_checkpoint("blob", 1, b"data"))
+        data = manager.load_checkpoint("blob")
+        assert isinstance(data, bytes)
+        assert_type(data, bytes)
+        assert data == b"data"
 
 
 def test_a_writer_keeps_metadata(tmp_path):

@@ -6,6 +6,7 @@ import operator
 from collections.abc import Collection, Iterable
 
 from dtruntime_torch.checkpoint.format import strict_json
+from dtruntime_torch.checkpoint.format.metadata_json import metadata_from_json, metadata_to_json
 from dtruntime_torch.checkpoint.names import MAX_INTEGER
 from dtruntime_torch.checkpoint.objects import Json
 from dtruntime_torch.errors import InvalidArgument
@@ -66,15 +67,16 @@ def check_keys(keys: object) -> tuple[str, ...] | None:
 
 
 def check_metadata(metadata: object) -> Json:
-    """Returns metadata that comes back from a manifest as it is.
+    """Returns metadata that comes back from a manifest as it is: JSON, and any float in it.
 
     Raises:
-        InvalidArgument: it is no JSON, or would come back as something else.
+        InvalidArgument: it is something else, would come back as something else, or is nested more than 64 deep.
     """
     try:
-        kept = strict_json.parse(strict_json.dump({"metadata": metadata})).json("metadata")  # type: ignore[dict-item]
+        encoded = metadata_to_json(metadata)  # type: ignore[arg-type]
+        kept = strict_json.parse(strict_json.dump({"metadata": encoded})).json("metadata")
     except (TypeError, ValueError) as error:
         raise InvalidArgument(f"metadata cannot be kept as JSON: {error}") from error
-    if kept != metadata:
+    if kept != encoded:
         raise InvalidArgument("metadata would not come back from JSON as it is; use str keys and lists")
-    return kept
+    return metadata_from_json(kept)

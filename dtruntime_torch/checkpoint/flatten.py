@@ -25,10 +25,10 @@ from dtruntime_torch.checkpoint.state.local_shard import (
     require_member,
 )
 from dtruntime_torch.checkpoint.state.stateful import Leaf, Survey
-from dtruntime_torch.checkpoint.state.traverse import Node, PerRank, name_clash
+from dtruntime_torch.checkpoint.state.traverse import Node, PerRank, Stateful, name_clash
 from dtruntime_torch.checkpoint.state.wrappers import innermost
 
-__all__ = ["FlatState", "PerRank", "flatten_state", "register_codec"]
+__all__ = ["FlatState", "PerRank", "Stateful", "flatten_state", "register_codec"]
 
 # Who registers a codec comes through here too, so ours are always there first.
 register_codecs()

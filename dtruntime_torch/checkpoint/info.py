@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dtruntime_torch.checkpoint.manifest import Manifest
+from dtruntime_torch.checkpoint.manifest import Manifest, PartRef
 from dtruntime_torch.checkpoint.names import CommitKey
 from dtruntime_torch.checkpoint.objects import Json
 
@@ -25,9 +25,19 @@ class CheckpointInfo:
         full: whether it needs no other checkpoint's files.
         sha256: of its manifest, in hex; with it every byte is pinned.
         world_size: the number of ranks that saved it.
+        run_id: of the incarnation of the job that saved it.
+        parent: the commit that its saver went on from, (generation, step); None for the first one. It may have been
+            deleted since.
         created: when its manifest was made, ISO 8601, by the clock of rank 0.
         versions: of the packages that wrote it.
         metadata: what the user gave to `save`.
+        parts: one for each rank: `path` of its part manifest, in the folder `path` above, with that one's `length` and
+            `sha256`; and `data_length`, bytes of the data file that the rank wrote. The digests of all data are in the
+            part manifests. Not shown by `repr`.
+
+    Example:
+        info = manager.latest()
+        print(info.run_id, info.parent, [part.data_length for part in info.parts])
     """
 
     name: str
@@ -39,9 +49,12 @@ class CheckpointInfo:
     full: bool
     sha256: str
     world_size: int
+    run_id: str
+    parent: CommitKey | None
     created: str
-    versions: dict[str, str] = field(hash=False)
-    metadata: Json = field(hash=False)
+    versions: dict[str, str]
+    metadata: Json
+    parts: tuple[PartRef, ...] = field(repr=False)
 
     @property
     def key(self) -> CommitKey:
@@ -91,7 +104,10 @@ def _fields(manifest: Manifest, sha256: str) -> dict[str, Any]:
         "full": manifest.full,
         "sha256": sha256,
         "world_size": manifest.world_size,
+        "run_id": manifest.run_id,
+        "parent": manifest.parent,
         "created": manifest.created,
         "versions": dict(manifest.versions),
         "metadata": manifest.metadata,
+        "parts": manifest.parts,
     }

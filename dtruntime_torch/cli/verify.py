@@ -2,38 +2,54 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dtruntime_torch.checkpoint import catalog
 from dtruntime_torch.checkpoint.names import CommitKey
-from dtruntime_torch.checkpoint.verify import VerifyReport, find_commit
+from dtruntime_torch.checkpoint.verify import VerifyReport, find_commit, is_committed
 from dtruntime_torch.checkpoint.verify import verify as verify_checkpoint
 from dtruntime_torch.cli.place import Place, find_place
 from dtruntime_torch.cli.screen import count, one_line, screen
-from dtruntime_torch.errors import CheckpointNotFound
+from dtruntime_torch.errors import CheckpointNotFound, InvalidArgument, NewerFormat
 from dtruntime_torch.storage import StorageBackend, run_sync
+
+Verdict = Literal["sound", "damaged", "newer", "gone"]
 
 
 def verify(
     path: Annotated[str, typer.Argument(help="The folder of checkpoints, or one <name> below it.")],
     step: Annotated[int | None, typer.Option(min=0, help="Which step; the newest without it.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every checkpoint, not only the newest.")] = False,
 ) -> None:
-    """Checks the newest checkpoint of each name, or that of one step.
+    """Checks the newest checkpoint of each name, or that of one step, or all of them, oldest first.
 
-    Prints a line for each damaged range and exits with 1 when there is one.
+    Prints a line for each damaged range and one for each checkpoint. Exits with 1 when one is damaged or needs a
+    later version of this package ("newer").
     """
+    if every and step is not None:
+        raise InvalidArgument("--all is every step, and --step one of them: give one of the two")
     place = find_place(path)
-    sound = True
-    for name, key in _chosen(place, step):
-        report = _check(place.backend, name, key)
-        _print(report)
-        sound = sound and report.ok
-    if not sound:
+    chosen = _all_of(place) if every else _chosen(place, step)
+    verdicts = set()
+    for name, key in chosen:
+        verdicts.add(_judge(place.backend, name, key))
+    if not verdicts - {"gone"}:
+        raise CheckpointNotFound(f"there is no checkpoint in {path}: each was given up or removed")
+    if verdicts & {"damaged", "newer"}:
         raise typer.Exit(1)
+
+
+def _all_of(place: Place) -> list[tuple[str, CommitKey]]:
+    """Every commit that is not void, in the order of `ls`."""
+    listed = [
+        (name, key) for name in place.names for key in run_sync(catalog.commit_keys(place.backend, name))
+    ]
+    return [(name, key) for name, key in listed if run_sync(is_committed(place.backend, name, key))]
 
 
 def _chosen(place: Place, step: int | None) -> list[tuple[str, CommitKey]]:
@@ -47,6 +63,28 @@ def _chosen(place: Place, step: int | None) -> list[tuple[str, CommitKey]]:
     if not chosen:
         raise missing[0]
     return chosen
+
+
+def _judge(backend: StorageBackend, name: str, key: CommitKey) -> Verdict:
+    """Checks one checkpoint and prints what was found."""
+    out = screen()
+    which = f"{name} step {key.step} generation {key.generation}"
+    try:
+        report = _check(backend, name, key)
+    except NewerFormat as error:
+        out.print(f"{which}: newer; {one_line(str(error))}")
+        return "newer"
+    except CheckpointNotFound:
+        out.print(f"{which}: gone; it was given up or removed meanwhile")
+        return "gone"
+    for damage in report.damage:
+        out.print(one_line(str(damage)))
+    verdict = "sound" if report.ok else f"damaged in {count(len(report.damage), 'place')}"
+    out.print(
+        f"{which}: {verdict}; checked {count(report.tensors, 'tensor')}, {count(report.chunks, 'chunk')}, "
+        f"{decimal(report.nbytes)}"
+    )
+    return "sound" if report.ok else "damaged"
 
 
 def _check(backend: StorageBackend, name: str, key: CommitKey) -> VerifyReport:
@@ -63,14 +101,3 @@ def _check(backend: StorageBackend, name: str, key: CommitKey) -> VerifyReport:
                 lambda done, total: progress.update(task, completed=done, total=total),
             )
         )
-
-
-def _print(report: VerifyReport) -> None:
-    out = screen()
-    for damage in report.damage:
-        out.print(one_line(str(damage)))
-    verdict = "sound" if report.ok else f"damaged in {count(len(report.damage), 'place')}"
-    out.print(
-        f"{report.name} step {report.step} generation {report.generation}: {verdict}; checked "
-        f"{count(report.tensors, 'tensor')}, {count(report.chunks, 'chunk')}, {decimal(report.nbytes)}"
-    )

@@ -207,18 +207,20 @@ def plain_values(hashable: bool = False) -> st.SearchStrategy[object]:
     )
 
 
-def json_values() -> st.SearchStrategy[Json]:
-    """Any JSON that is kept exactly."""
+def json_values(allow_nan: bool = False) -> st.SearchStrategy[Json]:
+    """Any JSON, and any float, that is kept exactly; much of it looks like a tag. NaN equals nothing."""
     scalars = (
         st.none()
         | st.booleans()
         | st.integers(-(2**53) + 1, 2**53 - 1)
-        | st.floats(allow_nan=False, allow_infinity=False)
+        | st.floats(allow_nan=allow_nan)
         | st.text(max_size=6)
+        | st.sampled_from(["float", "dict", "7ff0000000000000"])
     )
+    keys = st.text(max_size=4) | st.sampled_from(["~", "v"])
     return st.recursive(
         scalars,
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3),
         max_leaves=8,
     )
 

@@ -7,6 +7,8 @@ import dataclasses
 import hashlib
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +204,16 @@ def test_the_table_of_dtypes_is_complete():
         assert is_known(name)
         assert itemsize(name) == size
         assert (safetensors_code(name) or "none") == code
+
+
+def test_the_table_of_codecs_is_complete():
+    table = PAGE[PAGE.index("Codecs that come with the package:") : PAGE.index("A tensor that wraps others")]
+    rows = re.findall(r"^\| (`.*?) \| ", table, re.MULTILINE)
+    listed = sorted(tag for row in rows for tag in re.findall(r"`([^`]+)`", row))
+    # In a process of its own: other tests register codecs, too.
+    code = "from dtruntime_torch.checkpoint import flatten, objects; print(*sorted(objects._codecs_by_tag))"
+    registered = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert listed == registered.stdout.split()
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\((\.\./[^)]+)\)", PAGE))

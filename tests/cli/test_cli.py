@@ -32,6 +32,17 @@ def test_both_commands_run_without_torch(tmp_path: Path) -> None:
     assert saved.data_path(1) in verified.stdout
 
 
+def test_the_package_may_be_run_as_the_command(tmp_path: Path) -> None:
+    saved = save(LocalBackend(tmp_path))
+    command = [sys.executable, "-m", "dtruntime_torch.cli"]
+    for arguments, status in ((["ls", str(tmp_path)], 0), (["ls", str(tmp_path / "nowhere")], 2)):
+        ended = subprocess.run(
+            [*command, *arguments], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert ended.returncode == status, ended
+        assert (saved.sha256[:12] in ended.stdout) == (status == 0)
+
+
 def test_ls_never_imports_torch(tmp_path: Path) -> None:
     save(LocalBackend(tmp_path))
     code = f"import sys, atexit; atexit.register(lambda: print('torch' in sys.modules)); {RUN}"
@@ -40,9 +51,12 @@ def test_ls_never_imports_torch(tmp_path: Path) -> None:
 
 
 def test_planning_reading_writing_and_verifying_need_no_torch() -> None:
-    names = "saving.save_plan saving.layout saving.shard_file loading.load_plan loading.chunk_reader verify"
-    imports = [f"import dtruntime_torch.checkpoint.{name}" for name in names.split()]
-    imported = run(WITHOUT_TORCH + "; ".join(imports))
+    saving, loading = "layout, save_plan, shard_file", "chunk_reader, load_plan, read_requests"
+    imported = run(
+        f"{WITHOUT_TORCH}from dtruntime_torch.checkpoint import verify; "
+        f"from dtruntime_torch.checkpoint.saving import {saving}; "
+        f"from dtruntime_torch.checkpoint.loading import {loading}"
+    )
     assert (imported.returncode, imported.stderr) == (0, "")
 
 

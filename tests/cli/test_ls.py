@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
 import os
 import threading
 from pathlib import Path
@@ -9,16 +12,17 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from dtruntime_torch.checkpoint.names import CommitKey
 from dtruntime_torch.cli import place
 from dtruntime_torch.cli.app import app
 from dtruntime_torch.cli.ls import TITLES
 from dtruntime_torch.storage import LocalBackend, run_sync
 from dtruntime_torch.testing.faulty_backend import FaultyBackend, not_done
-from tests.checkpoint.saved_checkpoints import Saved, flip, make_newer, save, void
+from tests.checkpoint.saved_checkpoints import Saved, commit, flip, make_newer, save, void
 
 
-def ls(path: Path | str) -> Result:
-    return CliRunner().invoke(app, ["ls", str(path)])
+def ls(path: Path | str, *options: str) -> Result:
+    return CliRunner().invoke(app, ["ls", str(path), *options])
 
 
 def lines(result: Result) -> list[list[str]]:
@@ -106,6 +110,43 @@ def test_one_of_a_later_version_is_marked_and_the_status_is_1(tmp_path: Path, ba
     assert second[:3] == ["model", "200", "1"]
     (fault,) = faults
     assert "upgrade" in " ".join(fault) and newer.manifest_path in " ".join(fault)
+
+
+def test_as_json_each_checkpoint_has_all_that_its_manifest_tells(
+    tmp_path: Path, backend: LocalBackend
+) -> None:
+    first = save(backend, step=100)
+    told = {"parent": CommitKey(1, 100), "metadata": {"loss": math.nan, "tags": ["\x1b[2J"]}}
+    second = commit(backend, dataclasses.replace(save(backend, step=200).manifest, **told), [])
+    result = ls(tmp_path, "--json")
+    assert result.exit_code == 0, result.output
+    shown = [json.loads(line, parse_constant=pytest.fail) for line in result.stdout.splitlines()]
+    assert [one["sha256"] for one in shown] == [first.sha256, second.sha256]
+    assert [one["parent"] for one in shown] == [None, [1, 100]]
+    for one, saved in zip(shown, (first, second), strict=True):
+        manifest = saved.manifest
+        assert (one["run_id"], one["versions"]) == (manifest.run_id, dict(manifest.versions))
+        assert one["parts"] == [dataclasses.asdict(part) for part in manifest.parts]
+    assert shown[1]["metadata"] == {"loss": {"~": "float", "v": "7ff8000000000000"}, "tags": ["\x1b[2J"]}
+    assert "\x1b" not in result.stdout
+
+
+def test_as_json_what_cannot_be_read_says_why_and_the_status_is_1(
+    tmp_path: Path, backend: LocalBackend
+) -> None:
+    damaged, newer = save(backend, step=100), save(backend, step=200)
+    save(backend, step=300)
+    flip(backend, damaged.manifest_path, 1)
+    make_newer(backend, "model", newer.key)
+    result = ls(tmp_path, "--json")
+    assert result.exit_code == 1
+    shown = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(one["step"], one.get("fault")) for one in shown] == [
+        (100, "damaged"),
+        (200, "newer"),
+        (300, None),
+    ]
+    assert damaged.manifest_path in shown[0]["message"] and "upgrade" in shown[1]["message"]
 
 
 def test_damaged_data_is_not_looked_for(tmp_path: Path, backend: LocalBackend) -> None:

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
+from dtruntime_torch.cli import place
 from dtruntime_torch.cli.app import app
 from dtruntime_torch.storage import LocalBackend
-from tests.checkpoint.saved_checkpoints import flip, save
+from dtruntime_torch.testing.faulty_backend import FaultyBackend
+from tests.checkpoint.saved_checkpoints import flip, make_newer, save, void
 
 
 def verify(*arguments: object, env: dict[str, str] | None = None) -> Result:
@@ -83,6 +85,77 @@ def test_a_step_that_is_not_there_is_an_error_of_one_line(tmp_path: Path, backen
     assert (
         result.stderr == "error: there is no checkpoint model of step 7; `dtruntime ls` lists what there is\n"
     )
+
+
+def verdicts(result: Result) -> list[str]:
+    return [line.partition(";")[0] for line in result.stdout.splitlines() if " generation " in line]
+
+
+def test_all_means_every_checkpoint_of_every_name_oldest_first(tmp_path: Path, backend: LocalBackend) -> None:
+    save(backend, "ema", step=7)
+    damaged = save(backend, step=100)
+    save(backend, step=300)
+    save(backend, step=100, generation=2)
+    void(backend, save(backend, step=200, generation=2))
+    flip(backend, damaged.data_path(0), -1)
+    assert verify(tmp_path).exit_code == 0
+    result = verify(tmp_path, "--all")
+    assert result.exit_code == 1
+    assert verdicts(result) == [
+        "ema step 7 generation 1: sound",
+        "model step 100 generation 1: damaged in 1 place",
+        "model step 300 generation 1: sound",
+        "model step 100 generation 2: sound",
+    ]
+    assert len(result.stdout.splitlines()) == 5
+    assert verdicts(verify(tmp_path / "ema", "--all")) == ["ema step 7 generation 1: sound"]
+    assert verify(tmp_path / "ema", "--all").exit_code == 0
+
+
+@pytest.mark.parametrize("arguments", [[], ["--all"]])
+def test_one_of_a_later_version_has_a_line_and_the_status_1(
+    tmp_path: Path, backend: LocalBackend, arguments: list[str]
+) -> None:
+    make_newer(backend, "ema", save(backend, "ema").key)
+    save(backend, "model")
+    result = verify(tmp_path, *arguments)
+    assert result.exit_code == 1
+    first, second = result.stdout.splitlines()
+    assert first.startswith("ema step 100 generation 1: newer; ") and "upgrade" in first
+    assert second.startswith("model step 100 generation 1: sound; ")
+
+
+def test_one_that_is_removed_meanwhile_is_not_damaged(
+    tmp_path: Path, backend: LocalBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = save(backend, step=100)
+    save(backend, step=200)
+    faulty = FaultyBackend(backend)
+
+    async def prune(call) -> object:
+        for path in (old.commit_path, old.manifest_path):
+            await backend.delete(path)
+        return await call.proceed()
+
+    faulty.when("read", old.manifest_path, prune)
+    monkeypatch.setattr(place, "backend_for", lambda target: faulty)
+    result = verify(tmp_path, "--all")
+    assert result.exit_code == 0, result.output
+    assert verdicts(result) == ["model step 100 generation 1: gone", "model step 200 generation 1: sound"]
+
+
+def test_where_all_were_given_up_nothing_can_be_said(tmp_path: Path, backend: LocalBackend) -> None:
+    void(backend, save(backend))
+    result = verify(tmp_path, "--all")
+    assert result.exit_code == 2
+    assert "given up or removed" in result.stderr
+
+
+def test_all_and_a_step_are_refused_together(tmp_path: Path, backend: LocalBackend) -> None:
+    save(backend)
+    result = verify(tmp_path, "--all", "--step", 100)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "--all" in result.stderr
 
 
 @pytest.mark.parametrize("arguments", [[], ["--step", "x", "."], ["--step", "-1", "."], ["--no-such", "."]])

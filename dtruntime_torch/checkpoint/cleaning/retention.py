@@ -17,7 +17,7 @@ from dtruntime_torch.errors import InvalidArgument
 class KeepBest:
     """Keeps those with the best value of a metric.
 
-    A checkpoint whose metadata lacks it, or has no number there, counts as the worst. Of equals the newest is best.
+    A checkpoint whose metadata lacks it, or has NaN or no number there, counts as the worst. Of equals the newest is best.
 
     Attributes:
         metric: its key in the metadata that was given to `save`.

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from dtruntime_torch.checkpoint.format import checks, strict_json
+from dtruntime_torch.checkpoint.format.metadata_json import metadata_from_json, metadata_to_json
 from dtruntime_torch.checkpoint.format.records import Commit, Generation, Manifest, PartRef
 from dtruntime_torch.checkpoint.format.strict_json import Fields
 from dtruntime_torch.checkpoint.names import CommitKey
@@ -26,7 +27,7 @@ def manifest_to_json(manifest: Manifest) -> dict[str, Json]:
         "requires": list(manifest.requires),
         "created": manifest.created,
         "versions": dict(manifest.versions),
-        "metadata": manifest.metadata,
+        "metadata": metadata_to_json(manifest.metadata),
         "nbytes": manifest.nbytes,
         "written": manifest.written,
         "parts": [_part_ref_to_json(ref) for ref in manifest.parts],
@@ -50,7 +51,7 @@ def manifest_from(fields: Fields) -> Manifest:
         requires=requires,
         created=fields.string("created"),
         versions=_versions_from(fields),
-        metadata=fields.json("metadata"),
+        metadata=metadata_from_json(fields.json("metadata")),
         nbytes=fields.integer("nbytes"),
         written=fields.integer("written"),
         parts=tuple(_part_ref_from(Fields(value, "a part")) for value in fields.array("parts")),

@@ -156,7 +156,7 @@ class Manifest:
         requires: features that a reader must know; one that it does not know must make it give up.
         created: when, in ISO 8601 with a zone. Says nothing about order.
         versions: of the software that saved: name -> version.
-        metadata: whatever the saver adds, as `objects.encode` gives it.
+        metadata: whatever the user adds: JSON, and any float in it.
         nbytes: bytes of all tensors.
         written: bytes that this save wrote.
         parts: one for each rank, in the order of ranks.

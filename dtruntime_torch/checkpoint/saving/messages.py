@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from dtruntime_torch import errors
 from dtruntime_torch.checkpoint.info import CheckpointInfo
 from dtruntime_torch.checkpoint.manifest import PartRef
-from dtruntime_torch.checkpoint.names import Attempt
+from dtruntime_torch.checkpoint.names import Attempt, CommitKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +88,12 @@ class Answer:
     def decode(cls, data: bytes) -> Answer:
         """Reads what `encode` wrote."""
         fields = json.loads(data)
-        info = None if fields["info"] is None else CheckpointInfo(**fields["info"])
+        info = None if fields["info"] is None else _info_from(fields["info"])
         attempt = None if fields["attempt"] is None else Attempt(**fields["attempt"])
         return cls(**{**fields, "info": info, "attempt": attempt})
+
+
+def _info_from(fields: dict[str, Any]) -> CheckpointInfo:
+    parent = None if fields["parent"] is None else CommitKey(*fields["parent"])
+    parts = tuple(PartRef(**part) for part in fields["parts"])
+    return CheckpointInfo(**{**fields, "parent": parent, "parts": parts})
