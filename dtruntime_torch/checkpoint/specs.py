@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from dtruntime_torch.checkpoint.dtypes import itemsize
 
 Shape = tuple[int, ...]
-Kind = Literal["dict", "list", "tuple"]
+Kind = Literal["dict", "ordered_dict", "list", "tuple"]
 
 DIGEST_BYTES = 16
 

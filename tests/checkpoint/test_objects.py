@@ -153,7 +153,6 @@ def test_two_keys_that_are_nan_stay_two():
         Colour.RED,
         Text("a"),
         Point(1, 2),
-        collections.OrderedDict(a=1),
         collections.defaultdict(int),
         bytearray(b"a"),
         range(3),

@@ -161,6 +161,22 @@ def check_plain(tensor: torch.Tensor, where: str) -> None:
     )
 
 
+def check_class(tensor: torch.Tensor, where: str) -> None:
+    """Refuses a class of tensors that a load which makes new ones could not give back.
+
+    What is stored is dtype, shape and elements: a Parameter and a DTensor come back as tensors.
+
+    Raises:
+        UnsupportedType: says what to store instead.
+    """
+    kind = type(tensor)
+    if kind not in (torch.Tensor, torch.nn.Parameter) and not is_dtensor(tensor):
+        raise UnsupportedType(
+            f"{where}: a {kind.__module__}.{kind.__qualname__} would come back as a plain tensor; store "
+            f"tensor.as_subclass(torch.Tensor), which may be loaded into such a one, or the module that holds it"
+        )
+
+
 def _is_sharded_tensor(tensor: torch.Tensor) -> bool:
     return any(c.__name__ == "ShardedTensorBase" for c in type(tensor).__mro__)
 
