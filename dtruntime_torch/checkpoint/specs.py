@@ -20,6 +20,7 @@ Kind = Literal["dict", "ordered_dict", "list", "tuple"]
 Members = Mapping[str, tuple[int, ...]]
 
 DIGEST_BYTES = 16
+MAX_DIMENSIONS = 64
 
 
 def digest_length(nbytes: int, chunk_bytes: int) -> int:

@@ -231,3 +231,14 @@ def test_a_key_that_is_not_equal_to_itself_gives_no_name(key):
 def test_what_is_stored_as_it_is_takes_no_codec(kind):
     with pytest.raises(InvalidArgument, match="needs no codec"):
         dt.register_codec(kind, "tests.Kind", str, kind)
+
+
+@pytest.mark.parametrize("key", [10**5000, (1, 10**5000)], ids=["int", "tuple"])
+def test_a_key_of_thousands_of_digits_gives_no_name(key):
+    assert "gives no name to a tensor" in str(outcome({"a": {key: ONE}}))
+
+
+def test_more_than_64_dimensions_are_refused_when_the_save_is_called():
+    with pytest.raises(UnsupportedType, match=r"^a\.x: a tensor of 65 dimensions .*reshape it"):
+        save_and_reload({"a": {"x": torch.zeros([1] * 65)}})
+    assert same(save_and_reload({"a": torch.zeros([1] * 64)}), {"a": torch.zeros([1] * 64)})

@@ -10,7 +10,7 @@ import torch
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]  # not in its __all__
 
 from dtruntime_torch.checkpoint import dtypes
-from dtruntime_torch.checkpoint.specs import Shape
+from dtruntime_torch.checkpoint.specs import MAX_DIMENSIONS, Shape
 from dtruntime_torch.errors import InvalidArgument, UnsupportedType
 
 if TYPE_CHECKING:
@@ -89,6 +89,11 @@ def local_tensor(tensor: torch.Tensor, where: str) -> torch.Tensor:
             f"are cut only that class knows, so store what it wraps by yourself, as DTensors"
         )
     check_plain(local, where)
+    if local.dim() > MAX_DIMENSIONS:
+        raise UnsupportedType(
+            f"{where}: a tensor of {local.dim()} dimensions cannot be stored, which takes at most {MAX_DIMENSIONS}; "
+            f"reshape it first"
+        )
     return local.detach().resolve_conj().resolve_neg()
 
 
@@ -104,7 +109,8 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 
 def memory_of(tensor: torch.Tensor) -> Hashable:
     """Equal for tensors that read the same memory alike."""
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+    bits = (tensor.is_conj(), tensor.is_neg())
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, bits
 
 
 def check_dtype(tensor: torch.Tensor, where: str) -> None:

@@ -261,6 +261,10 @@ def _check_key(key: object, where: str) -> None:
             f"those as the key"
         )
     objects.encode(key, where)
+    try:
+        str(key)
+    except ValueError as error:
+        raise UnsupportedType(f"{where}: an integer that long gives no name to a tensor: {error}") from error
 
 
 def _is_plain(key: object) -> bool:
