@@ -60,15 +60,19 @@ def register_codec(
             it raises becomes CorruptCheckpoint.
 
     Raises:
-        InvalidArgument: the tag has no dot or names another type already, or the type has another tag, or is stored
-            without any.
+        InvalidArgument: the tag has no dot or names another type already; the type has another tag, is stored without
+            any, or is none; or a function is none.
 
     Example:
         >>> register_codec(range, "builtins.range", lambda r: (r.start, r.stop, r.step), lambda v: range(*v))
         >>> decode(encode(range(3), "r"), "r")
         range(0, 3)
     """
-    if not _CODEC_TAG.fullmatch(tag):
+    if not isinstance(type_, type) or not callable(encode) or not callable(decode):
+        raise InvalidArgument(
+            f"register_codec takes a type, its tag and two functions, and not {type_!r}, {tag!r}, ..."
+        )
+    if not isinstance(tag, str) or not _CODEC_TAG.fullmatch(tag):
         raise InvalidArgument(f"the codec tag {tag!r} must be dotted identifiers, such as 'package.Type'")
     if type_ in _NATIVE:
         raise InvalidArgument(f"a {type_.__qualname__} is stored as it is and needs no codec")
