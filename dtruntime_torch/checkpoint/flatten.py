@@ -6,7 +6,7 @@ leaf a spec and its encoded value. Nothing is copied but what is no tensor, and 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from dtruntime_torch.checkpoint.specs import FlatSpecs, ObjectSpec, Path, Tensor
 from dtruntime_torch.checkpoint.state.codecs import register_codecs
 from dtruntime_torch.checkpoint.state.local_shard import (
     BoxFinder,
+    check_class,
     check_plain,
     dtype_name,
     is_dtensor,
@@ -25,7 +26,7 @@ from dtruntime_torch.checkpoint.state.local_shard import (
     require_member,
 )
 from dtruntime_torch.checkpoint.state.stateful import Leaf, Survey
-from dtruntime_torch.checkpoint.state.traverse import Node, PerRank, Stateful, name_clash
+from dtruntime_torch.checkpoint.state.traverse import Node, PerRank, Stateful, keep_types, name_clash
 from dtruntime_torch.checkpoint.state.wrappers import innermost
 
 __all__ = ["FlatState", "PerRank", "Stateful", "flatten_state", "register_codec"]
@@ -67,7 +68,7 @@ def flatten_state(state: object, rank: int) -> FlatState:
         >>> [(spec.fqn, spec.global_shape) for spec in flat.specs.tensors], flat.values
         ([('layer.weight', (2, 3))], {'epoch': 4})
     """
-    survey = Survey(state)
+    survey = Survey(state, keep_types)
     collector = _Collector(rank, _owned_data(survey))
     for leaf in survey.leaves():
         collector.add(leaf)
@@ -110,14 +111,17 @@ class _Collector:
         index = len(self._paths)
         self._paths[node.fqn] = node.path
         if isinstance(node.value, torch.Tensor):
-            self._add_tensor(node, index, leaf.owned)
+            self._add_tensor(leaf, index)
         elif type(node.value) is bytes:
             self._add_bytes(node, index)
         else:
             self._add_object(node, index)
 
-    def _add_tensor(self, node: Node, index: int, owned: bool) -> None:
+    def _add_tensor(self, leaf: Leaf, index: int) -> None:
+        node = leaf.node
         tensor = local_tensor(node.value, node.fqn)
+        if not leaf.filled:
+            check_class(node.value, node.fqn)
         box = self._boxes.find(node.value, node.fqn)
         require_member(box, self._rank, node.fqn)
         memory = memory_of(tensor)
@@ -136,7 +140,7 @@ class _Collector:
                 shape=box.shape,
                 layout=box.layout,
                 holders=box.holders,
-                spread=(owned or memory in self._owned) and not node.per_rank and box.holders is None,
+                spread=(leaf.owned or memory in self._owned) and not node.per_rank and box.holders is None,
                 per_rank=node.per_rank,
                 alias=None if alias == node.fqn else alias,
             )
@@ -160,24 +164,10 @@ class _Collector:
         )
 
     def _add_object(self, node: Node, index: int) -> None:
-        self._values[node.fqn] = objects.encode(_as_plain(node.value), where=node.fqn)
+        self._values[node.fqn] = objects.encode(node.value, where=node.fqn)
         self._object_specs.append(ObjectSpec(node.fqn, node.path, index, node.per_rank))
 
 
 def tensor_of(data: bytes) -> torch.Tensor:
     """The bytes as uint8; a copy, since a tensor cannot share memory that must not change."""
     return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-
-
-def _as_plain(value: object, inside: tuple[int, ...] = ()) -> object:
-    """Makes dicts of what counts as dict, so that OrderedDicts can be encoded; what is no container stays."""
-    if id(value) in inside or len(inside) > objects.MAX_DEPTH:
-        return value
-    inside = (*inside, id(value))
-    if isinstance(value, Mapping) and not objects.has_codec(type(value)):
-        return {key: _as_plain(item, inside) for key, item in value.items()}
-    if type(value) is list:
-        return [_as_plain(item, inside) for item in value]
-    if type(value) is tuple:
-        return tuple(_as_plain(item, inside) for item in value)
-    return value

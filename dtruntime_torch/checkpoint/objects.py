@@ -12,7 +12,8 @@ import json
 import math
 import re
 import struct
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
+from enum import Enum
 from typing import NamedTuple, TypeVar, Union
 
 from dtruntime_torch.checkpoint.names import MAX_INTEGER
@@ -22,6 +23,10 @@ Json = Union[None, bool, int, float, str, "list[Json]", "dict[str, Json]"]
 T = TypeVar("T")
 
 MAX_DEPTH = 64
+
+_NATIVE = frozenset(
+    {type(None), bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset},
+)
 
 _HEX_INTEGER = re.compile(r"-?[0-9a-f]+")
 _HEX_FLOAT = re.compile(r"[0-9a-f]{16}")
@@ -55,15 +60,22 @@ def register_codec(
             it raises becomes CorruptCheckpoint.
 
     Raises:
-        InvalidArgument: the tag has no dot or names another type already, or the type has another tag.
+        InvalidArgument: the tag has no dot or names another type already; the type has another tag, is stored without
+            any, or is none; or a function is none.
 
     Example:
         >>> register_codec(range, "builtins.range", lambda r: (r.start, r.stop, r.step), lambda v: range(*v))
         >>> decode(encode(range(3), "r"), "r")
         range(0, 3)
     """
-    if not _CODEC_TAG.fullmatch(tag):
+    if not isinstance(type_, type) or not callable(encode) or not callable(decode):
+        raise InvalidArgument(
+            f"register_codec takes a type, its tag and two functions, and not {type_!r}, {tag!r}, ..."
+        )
+    if not isinstance(tag, str) or not _CODEC_TAG.fullmatch(tag):
         raise InvalidArgument(f"the codec tag {tag!r} must be dotted identifiers, such as 'package.Type'")
+    if type_ in _NATIVE:
+        raise InvalidArgument(f"a {type_.__qualname__} is stored as it is and needs no codec")
     for known in (_codecs_by_type.get(type_), _codecs_by_tag.get(tag)):
         if known is not None and (known.type, known.tag) != (type_, tag):
             raise InvalidArgument(f"{known.tag!r} is registered for {known.type.__qualname__} already")
@@ -157,8 +169,22 @@ def _encode_nested(value: object, where: str, inside: tuple[int, ...]) -> Json:
     if kind in _codecs_by_type:
         return _encode_by_codec(_codecs_by_type[kind], value, where, inside)
     raise UnsupportedType(
-        f"{where}: a {kind.__module__}.{kind.__qualname__} cannot be stored; turn it into a plain int, float, str, "
-        f"bytes, list, tuple, set or dict, or a tensor, first, or teach it: dtruntime_torch.register_codec"
+        f"{where}: a {kind.__module__}.{kind.__qualname__} cannot be stored; {_advice(kind)}, or teach it: "
+        f"dtruntime_torch.register_codec"
+    )
+
+
+def _advice(kind: type) -> str:
+    if issubclass(kind, Enum):
+        return "store its .value"
+    if issubclass(kind, Mapping):
+        return "store dict(...) of it"
+    plain = next((base for base in kind.__mro__ if base in _NATIVE), None)
+    if plain is not None:
+        return f"store {plain.__name__}(...) of it"
+    return (
+        "turn it into a plain int, float, str, bytes, list, tuple, set or dict first (tensors lie in dicts, lists and "
+        "tuples)"
     )
 
 

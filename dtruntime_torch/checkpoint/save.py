@@ -212,7 +212,8 @@ class Saver:
         attempt = self._publisher.open(key, step) if self._lineage.generation is None else None
         began = time.perf_counter()
         layout = structure.layout
-        base = self._lineage.base_of(layout)
+        members = structure.learnt.members
+        base = self._lineage.base_of(members)
         delta = base is not None and not base.full_next
         timeout = self._members.barrier.timeout
         digests = stage(self._stager, layout, flat.tensors, timeout, only_changed=delta)
@@ -222,6 +223,7 @@ class Saver:
         return Snapshot(
             key=key,
             step=step,
+            members=members,
             plan=structure.plan,
             layout=layout,
             image=memoryview(self._stager.arena)[: layout.length],

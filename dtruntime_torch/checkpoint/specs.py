@@ -7,15 +7,20 @@ A *leaf* of a state is a tensor (or bytes) or an object; its `fqn` is its path j
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from dtruntime_torch.checkpoint.dtypes import itemsize
 
 Shape = tuple[int, ...]
-Kind = Literal["dict", "list", "tuple"]
+Kind = Literal["dict", "ordered_dict", "list", "tuple"]
+
+# Signature of a structure -> the ranks that have it, ascending; every rank is in one of them.
+Members = Mapping[str, tuple[int, ...]]
 
 DIGEST_BYTES = 16
+MAX_DIMENSIONS = 64
 
 
 def digest_length(nbytes: int, chunk_bytes: int) -> int:

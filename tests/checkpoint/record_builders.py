@@ -97,7 +97,12 @@ def sample_part() -> Part:
             ObjectEntry("lr", (PathKey("dict", "lr"),), 4, False, 0.001),
             ObjectEntry(
                 "groups.1",
-                (PathKey("dict", "groups"), PathKey("tuple", 1), PathKey("dict", (1, b"k"))),
+                (
+                    PathKey("dict", "groups"),
+                    PathKey("tuple", 1),
+                    PathKey("dict", (1, b"k")),
+                    PathKey("ordered_dict", "n"),
+                ),
                 5,
                 True,
                 objects.encode({"a": (1, 2**70)}, "groups"),
@@ -227,9 +232,9 @@ def json_values(allow_nan: bool = False) -> st.SearchStrategy[Json]:
 
 def paths() -> st.SearchStrategy[Path]:
     """Ways into nested dicts, lists and tuples."""
-    steps = st.builds(PathKey, st.just("dict"), plain_values(hashable=True)) | st.builds(
-        PathKey, st.sampled_from(["list", "tuple"]), st.integers(0, 99)
-    )
+    steps = st.builds(
+        PathKey, st.sampled_from(["dict", "ordered_dict"]), plain_values(hashable=True)
+    ) | st.builds(PathKey, st.sampled_from(["list", "tuple"]), st.integers(0, 99))
     return st.lists(steps, max_size=4).map(tuple)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from enum import IntEnum
 
 import numpy as np
@@ -17,7 +16,6 @@ from dtruntime_torch.checkpoint import objects
 from dtruntime_torch.checkpoint.flatten import PerRank, flatten_state
 from dtruntime_torch.checkpoint.specs import ObjectSpec, PathKey, TensorSpec
 from dtruntime_torch.errors import InvalidArgument, UnsupportedType
-from tests.checkpoint.memory_checkpoint import load_fresh, save
 from tests.checkpoint.optimizers import OPTIMIZERS, Make, make_model, train
 
 
@@ -321,10 +319,3 @@ def test_nothing_is_changed():
     flatten_state({"m": model, "o": optimizer}, 0)
     assert not optimizer.state
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
-
-
-def test_what_counts_as_dict_comes_back_as_dict():
-    state = {"a": OrderedDict(x=1), "b": [OrderedDict(y=OrderedDict())], "c": (OrderedDict({1: 2}),)}
-    loaded = load_fresh(save(OrderedDict(state)))
-    assert loaded == {"a": {"x": 1}, "b": [{"y": {}}], "c": ({1: 2},)}
-    assert type(loaded) is type(loaded["b"][0]) is type(loaded["b"][0]["y"]) is dict

@@ -153,7 +153,6 @@ def test_two_keys_that_are_nan_stay_two():
         Colour.RED,
         Text("a"),
         Point(1, 2),
-        collections.OrderedDict(a=1),
         collections.defaultdict(int),
         bytearray(b"a"),
         range(3),
@@ -311,3 +310,12 @@ class TestCodec:
     def test_a_tag_means_one_type_and_has_a_dot(self, type_, tag):
         with pytest.raises(InvalidArgument):
             objects.register_codec(type_, tag, str, str)
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [("range", "tests.Range", str, str), (range, 5, str, str), (range, "tests.Range", None, str)],
+        ids=["type", "tag", "function"],
+    )
+    def test_what_cannot_be_a_codec_is_refused_when_it_is_registered(self, arguments):
+        with pytest.raises(InvalidArgument):
+            objects.register_codec(*arguments)

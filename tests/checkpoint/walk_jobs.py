@@ -87,7 +87,7 @@ async def load_base(backend: Scheduled, generation: int) -> Base | None:
         return None
     if commit.generation > generation:
         return None  # nobody goes on from who came after
-    return Base(commit, part, image_of(commit.step).layout, 0, False, commit.key)
+    return Base(commit, part, {}, 0, False, commit.key)
 
 
 async def try_once(
@@ -124,7 +124,7 @@ async def try_once(
     if outcome.kind == "committed":
         me.reported |= {names.commit_path(NAME, attempt.key)}
         there = Commit(NAME, *attempt.key, attempt.path, outcome.manifest_sha256)
-        me.keep["base"] = Base(there, shard.part, image.layout, 0, False, there.key)
+        me.keep["base"] = Base(there, shard.part, {}, 0, False, there.key)
     elif outcome.kind != "unknown":
         me.failed |= {attempt.path}
     return outcome, attempt

@@ -25,11 +25,10 @@ from dtruntime_torch.checkpoint.format.records import (
 from dtruntime_torch.checkpoint.format.strict_json import Newer, Refused
 from dtruntime_torch.checkpoint.names import MAX_INTEGER
 from dtruntime_torch.checkpoint.objects import MAX_DEPTH, is_text
-from dtruntime_torch.checkpoint.specs import DIGEST_BYTES, digest_length
+from dtruntime_torch.checkpoint.specs import DIGEST_BYTES, MAX_DIMENSIONS, digest_length
 from dtruntime_torch.errors import InvalidArgument
 
 HEADER_ALIGNMENT = 64
-MAX_DIMENSIONS = 64
 FEATURES: frozenset[str] = frozenset()  # that this version knows of those in `requires`: none are needed yet
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")

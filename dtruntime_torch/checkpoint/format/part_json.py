@@ -9,7 +9,7 @@ from dtruntime_torch.checkpoint.format.strict_json import Fields, Refused
 from dtruntime_torch.checkpoint.objects import Json
 from dtruntime_torch.checkpoint.specs import Extent, Kind, Path, PathKey
 
-_CONTAINERS: dict[str, Kind] = {"d": "dict", "l": "list", "t": "tuple"}
+_CONTAINERS: dict[str, Kind] = {"d": "dict", "o": "ordered_dict", "l": "list", "t": "tuple"}
 _LETTERS = {container: letter for letter, container in _CONTAINERS.items()}
 
 
@@ -141,7 +141,7 @@ def _step_from(value: Json) -> PathKey:
     container = _CONTAINERS.get(letter) if type(letter) is str else None
     if container is None:
         raise Refused("a step of a path enters neither a dict nor a list nor a tuple")
-    if container != "dict":
+    if container in ("list", "tuple"):
         return PathKey(container, strict_json.whole(key, "a position in a path"))
     decoded = objects.decode(key, "a key of a path")
     try:

@@ -2,7 +2,7 @@
 
 A delta names where each chunk lies, in its own file or in that of an earlier save, so that nothing is ever replayed.
 It needs the digests of the last *committed* save: those of the arena may be of one that failed. Comparing costs a
-few milliseconds for ten thousand tensors; a chunk is written whole if one byte of it changed.
+few milliseconds for ten thousand tensors; a chunk is written whole if one byte of it changed, a tensor if its size did.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 
 from dtruntime_torch.checkpoint.format.records import Commit, FileRef, Part, TensorEntry
 from dtruntime_torch.checkpoint.names import CommitKey
-from dtruntime_torch.checkpoint.saving.layout import Layout
-from dtruntime_torch.checkpoint.specs import Extent
+from dtruntime_torch.checkpoint.saving.layout import Layout, Slot
+from dtruntime_torch.checkpoint.specs import Extent, Members
 from dtruntime_torch.counts import check_count, check_number
 from dtruntime_torch.errors import InvalidArgument
 
 Integers = NDArray[np.int64]
+Flags = NDArray[np.bool_]
 
 SMALL = 1 << 20
 """Bytes that are not worth a full save: headers, and states of a few chunks."""
@@ -88,7 +89,7 @@ class Base:
     Attributes:
         commit: as it lies on storage.
         part: this rank's.
-        layout: of the image that the part describes.
+        members: who held what when it was saved. All ranks know it alike, and so whether it is a base still.
         deltas: saves since the last full one, this one among them.
         full_next: the leader asked for a full save next.
         since: the last full save. What was committed from it on, up to this, may hold what a delta uses.
@@ -96,7 +97,7 @@ class Base:
 
     commit: Commit
     part: Part
-    layout: Layout
+    members: Members
     deltas: int
     full_next: bool
     since: CommitKey
@@ -130,21 +131,23 @@ class _Chunks:
 
 
 def make_delta(base: Part, layout: Layout, digests: bytes, header_length: int) -> Delta:
-    """Compares an image with a part of the same layout.
+    """Compares an image with a part; a tensor that has another size there, or is not there, changed as a whole.
 
     Args:
         base: the part.
-        layout: of both.
+        layout: of the image.
         digests: of the chunks of the image, 16 bytes each, in the order of the layout.
         header_length: bytes before the data in the file that is written now.
     """
-    by_index = {entry.index: entry for entry in base.tensors}
-    entries = [by_index[slot.item.spec.index] for slot in layout.slots]
+    by_fqn = {entry.fqn: entry for entry in base.tensors}
+    entries = [_of_same_size(by_fqn.get(slot.item.spec.fqn), slot) for slot in layout.slots]
     chunks = _cut([(slot.offset, slot.nbytes) for slot in layout.slots], base.chunk_bytes)
-    old = b"".join(entry.digests for entry in entries)
-    changes = (_rows(digests) != _rows(old)).any(axis=1)
+    known = np.array([entry is not None for entry in entries], np.bool_)[chunks.owner]
+    old = b"".join(entry.digests for entry in entries if entry is not None)
+    changes = ~known
+    changes[known] = (_rows(digests)[known] != _rows(old)).any(axis=1)
     changed = np.flatnonzero(changes)
-    files, file, offset = _places(entries, base.files, base.chunk_bytes, changes)
+    files, file, offset = _places(entries, base.files, base.chunk_bytes, known, changes)
     lengths = chunks.length[changed]
     file[changed] = len(files)
     offset[changed] = header_length + np.cumsum(lengths) - lengths
@@ -154,6 +157,13 @@ def make_delta(base: Part, layout: Layout, digests: bytes, header_length: int) -
         files=files,
         extents=_extents(chunks, file, offset, len(layout.slots)),
     )
+
+
+def _of_same_size(entry: TensorEntry | None, slot: Slot) -> TensorEntry | None:
+    spec = slot.item.spec
+    if entry is None or (entry.dtype, entry.offsets, entry.shape) != (spec.dtype, spec.offsets, spec.shape):
+        return None
+    return entry
 
 
 def _rows(digests: bytes) -> NDArray[np.uint64]:
@@ -170,16 +180,25 @@ def _cut(ranges: Sequence[tuple[int, int]], chunk_bytes: int) -> _Chunks:
 
 
 def _places(
-    entries: Sequence[TensorEntry], files: Sequence[FileRef], chunk_bytes: int, changes: NDArray[np.bool_]
+    entries: Sequence[TensorEntry | None],
+    files: Sequence[FileRef],
+    chunk_bytes: int,
+    known: Flags,
+    changes: Flags,
 ) -> tuple[tuple[FileRef, ...], Integers, Integers]:
-    """Which files of the base are still needed; and of each chunk its file, numbered by these, and place there."""
-    extents = [extent for entry in entries for extent in entry.extents]
+    """Which files of the base are still needed; and of each chunk its file, numbered by these, and place there.
+
+    Of a chunk that is not known there, or changed, file and place say nothing.
+    """
+    extents = [extent for entry in entries if entry is not None for extent in entry.extents]
     chunks = _cut([(extent.offset, extent.length) for extent in extents], chunk_bytes)
-    file = np.array([extent.file for extent in extents], np.int64)[chunks.owner]
+    file, offset = np.zeros((2, len(known)), np.int64)
+    file[known] = np.array([extent.file for extent in extents], np.int64)[chunks.owner]
+    offset[known] = chunks.start
     needed = np.unique(file[~changes])
-    renumbered = np.zeros(len(files), np.int64)
+    renumbered = np.zeros(len(files) + 1, np.int64)  # one more: a base may have no file
     renumbered[needed] = np.arange(len(needed))
-    return tuple(files[number] for number in needed), renumbered[file], chunks.start
+    return tuple(files[number] for number in needed), renumbered[file], offset
 
 
 def _runs(chunks: _Chunks, changed: Integers) -> tuple[tuple[int, int], ...]:

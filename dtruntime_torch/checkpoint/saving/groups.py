@@ -19,7 +19,7 @@ from dtruntime_torch.checkpoint.dtypes import is_known
 from dtruntime_torch.checkpoint.format import strict_json
 from dtruntime_torch.checkpoint.format.strict_json import Fields, Refused
 from dtruntime_torch.checkpoint.objects import Json
-from dtruntime_torch.checkpoint.specs import FlatSpecs, ObjectSpec, TensorSpec
+from dtruntime_torch.checkpoint.specs import FlatSpecs, Members, ObjectSpec, TensorSpec
 from dtruntime_torch.errors import CorruptCheckpoint, DTRuntimeError, SaveFailed
 
 MAX_STRUCTURE_BYTES = 256 << 20
@@ -36,7 +36,7 @@ class Groups:
         specs: signature -> the structure of one of them. Of groups that this rank is not in, paths are left out.
     """
 
-    members: dict[str, tuple[int, ...]]
+    members: Members
     specs: dict[str, FlatSpecs]
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from dtruntime_torch.checkpoint.names import CommitKey
 from dtruntime_torch.checkpoint.saving.delta import Base
-from dtruntime_torch.checkpoint.saving.layout import Layout
+from dtruntime_torch.checkpoint.specs import Members
 from dtruntime_torch.errors import InvalidArgument
 
 
@@ -51,13 +51,14 @@ class Lineage:
         """Notes that a commit is damaged: nothing is built on it any more."""
         self.damaged.add(key)
 
-    def base_of(self, layout: Layout) -> Base | None:
-        """The base of an image with that layout; None if it has none and is to be saved in full.
+    def base_of(self, members: Members) -> Base | None:
+        """The base of a save of ranks that hold what `members` says; None if it is to be in full.
 
+        Sizes of what is a rank's own are not in there, so that all ranks choose alike when it grows on some of them.
         Where ranks know of different damage they come with different bases, and the leader has all save in full.
         """
         base = self.base
-        if base is None or base.layout != layout:
+        if base is None or base.members != members:
             return None
         goes_back = any(base.since <= key <= base.commit.key for key in tuple(self.damaged))
         return None if goes_back else base

@@ -260,7 +260,7 @@ class Publisher:
             there = Commit(info.name, *info.key, tried.attempt.path, info.sha256)
             deltas = lineage.deltas_with(info.full)
             since = info.key if info.full or lineage.base is None else lineage.base.since
-            lineage.base = Base(there, tried.part, snapshot.layout, deltas, answer.full_next, since)
+            lineage.base = Base(there, tried.part, snapshot.members, deltas, answer.full_next, since)
         return info
 
     def _give_back(self, attempt: Attempt) -> None:

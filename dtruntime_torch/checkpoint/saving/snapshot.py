@@ -11,7 +11,7 @@ from dtruntime_torch.checkpoint.objects import Json
 from dtruntime_torch.checkpoint.saving.delta import Base
 from dtruntime_torch.checkpoint.saving.handle import SaveMetrics
 from dtruntime_torch.checkpoint.saving.layout import Layout
-from dtruntime_torch.checkpoint.specs import SavePlan, digest_length
+from dtruntime_torch.checkpoint.specs import Members, SavePlan, digest_length
 from dtruntime_torch.errors import SaveFailed
 
 
@@ -22,6 +22,7 @@ class Snapshot:
     Attributes:
         key: the save's prefix in the Store.
         step: the training step.
+        members: who holds what.
         plan: what this rank writes.
         layout: where it lies in `image`.
         image: the data file of a full save, ready to be written; unchanged until the save has ended.
@@ -31,13 +32,14 @@ class Snapshot:
         metadata: the user's.
         metrics: to be filled in.
         attempt: where it goes, if that was opened before it was taken.
-        base: this rank's part of the last committed save, if that had the same layout.
+        base: this rank's part of the last committed save, if the ranks held the same then.
         delta: only what differs from the base is to be written. Of the image only what differed from itself was
             copied: the rest lies there since an earlier save.
     """
 
     key: str
     step: int
+    members: Members
     plan: SavePlan
     layout: Layout
     image: memoryview

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 
 import torch
 
@@ -18,6 +18,7 @@ def register_codecs() -> None:
     register_codec(torch.device, "torch.device", str, lambda name: torch.device(str(name)))
     # MultiStepLR keeps its milestones in one.
     register_codec(Counter, "collections.Counter", dict, _counter_of)
+    register_codec(OrderedDict, "collections.OrderedDict", dict, _ordered_dict_of)
     register_codec(Wrapping, "dtruntime.Wrapping", Wrapping.stored, wrapping_of)
     register_numpy()
 
@@ -39,3 +40,9 @@ def _counter_of(counts: object) -> Counter[object]:
     if not isinstance(counts, dict):
         raise TypeError(f"{counts!r} is no dict of counts")
     return Counter(counts)
+
+
+def _ordered_dict_of(items: object) -> OrderedDict[object, object]:
+    if not isinstance(items, dict):
+        raise TypeError(f"{items!r} is no dict")
+    return OrderedDict(items)

@@ -10,7 +10,7 @@ import torch
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]  # not in its __all__
 
 from dtruntime_torch.checkpoint import dtypes
-from dtruntime_torch.checkpoint.specs import Shape
+from dtruntime_torch.checkpoint.specs import MAX_DIMENSIONS, Shape
 from dtruntime_torch.errors import InvalidArgument, UnsupportedType
 
 if TYPE_CHECKING:
@@ -89,6 +89,11 @@ def local_tensor(tensor: torch.Tensor, where: str) -> torch.Tensor:
             f"are cut only that class knows, so store what it wraps by yourself, as DTensors"
         )
     check_plain(local, where)
+    if local.dim() > MAX_DIMENSIONS:
+        raise UnsupportedType(
+            f"{where}: a tensor of {local.dim()} dimensions cannot be stored, which takes at most {MAX_DIMENSIONS}; "
+            f"reshape it first"
+        )
     return local.detach().resolve_conj().resolve_neg()
 
 
@@ -104,7 +109,8 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 
 def memory_of(tensor: torch.Tensor) -> Hashable:
     """Equal for tensors that read the same memory alike."""
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+    bits = (tensor.is_conj(), tensor.is_neg())
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, bits
 
 
 def check_dtype(tensor: torch.Tensor, where: str) -> None:
@@ -159,6 +165,22 @@ def check_plain(tensor: torch.Tensor, where: str) -> None:
         f"{where}: a {type(tensor).__qualname__} is a wrapper around other tensors and cannot be stored as one; "
         f"store those"
     )
+
+
+def check_class(tensor: torch.Tensor, where: str) -> None:
+    """Refuses a class of tensors that a load which makes new ones could not give back.
+
+    What is stored is dtype, shape and elements: a Parameter and a DTensor come back as tensors.
+
+    Raises:
+        UnsupportedType: says what to store instead.
+    """
+    kind = type(tensor)
+    if kind not in (torch.Tensor, torch.nn.Parameter) and not is_dtensor(tensor):
+        raise UnsupportedType(
+            f"{where}: a {kind.__module__}.{kind.__qualname__} would come back as a plain tensor; store "
+            f"tensor.as_subclass(torch.Tensor), which may be loaded into such a one, or the module that holds it"
+        )
 
 
 def _is_sharded_tensor(tensor: torch.Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -135,16 +136,17 @@ def _nest(placed: Sequence[_Placed], depth: int, value_of: Callable[[SavedLeaf],
     for one in placed:
         by_step.setdefault(one.way[depth], []).append(one)
     container = placed[0].way[depth].container
-    if container == "dict":
-        return {step.key: _nest(below, depth + 1, value_of) for step, below in by_step.items()}
+    if container in ("dict", "ordered_dict"):
+        items = {step.key: _nest(below, depth + 1, value_of) for step, below in by_step.items()}
+        return OrderedDict(items) if container == "ordered_dict" else items
     steps = sorted(by_step, key=lambda step: (step.key, step.name))
     if not any(step.name for step in steps) and steps[-1].key != len(steps) - 1:
         raise CheckpointMismatch(
             f"{'.'.join(str(step.key) for step in placed[0].way[:depth])}: the checkpoint holds the positions "
             f"{[step.key for step in steps][:10]} of a {container} only; load it in place instead"
         )
-    items = [_nest(by_step[step], depth + 1, value_of) for step in steps]
-    return tuple(items) if container == "tuple" else items
+    elements = [_nest(by_step[step], depth + 1, value_of) for step in steps]
+    return tuple(elements) if container == "tuple" else elements
 
 
 def _no_room(placed: _Placed, depth: int) -> CheckpointMismatch:

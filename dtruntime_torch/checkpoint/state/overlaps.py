@@ -79,7 +79,7 @@ def _place(fill: Fill) -> _Placed:
 
 
 def _clusters(placed: Sequence[_Placed]) -> list[list[_Placed]]:
-    """Those that reach into each other, in ascending order of where they begin; what stands alone is left out."""
+    """Those that reach into each other, or into themselves, in ascending order of where they begin."""
     clusters: list[list[_Placed]] = []
     stop = 0
     for one in placed:
@@ -88,7 +88,19 @@ def _clusters(placed: Sequence[_Placed]) -> list[list[_Placed]]:
         else:
             clusters.append([one])
         stop = max(stop, one.stop)
-    return [cluster for cluster in clusters if len(cluster) > 1]
+    return [
+        cluster for cluster in clusters if len(cluster) > 1 or _may_overlap_itself(cluster[0].fill.target)
+    ]
+
+
+def _may_overlap_itself(tensor: torch.Tensor) -> bool:
+    """Whether two of its elements may be one place in memory, as in sliding windows; never of a contiguous one."""
+    stop = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride < stop:
+            return True
+        stop += (size - 1) * stride
+    return False
 
 
 def _try_out(cluster: Sequence[_Placed], tensors: Mapping[str, torch.Tensor]) -> None:
@@ -100,7 +112,9 @@ def _try_out(cluster: Sequence[_Placed], tensors: Mapping[str, torch.Tensor]) ->
             view.copy_(tensors[one.fill.fqn])
     for view, one in zip(views, cluster, strict=True):
         if not _same_bits(view, tensors[one.fill.fqn]):
-            others = [other.fill.fqn for other in cluster if other is not one and _meet(one, other)]
+            others = [other.fill.fqn for other in cluster if other is not one and _meet(one, other)] or [
+                "itself"
+            ]
             raise InvalidArgument(
                 f"{one.fill.fqn} shares memory with {', '.join(others[:3])} in the state, and the checkpoint has other "
                 f"values for them there; give them memory of their own before you load"

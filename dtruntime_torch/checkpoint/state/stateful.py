@@ -13,8 +13,10 @@ from dtruntime_torch.checkpoint.specs import PathKey
 from dtruntime_torch.checkpoint.state.fqns import clean_name, named_state, parameter_names, parameters_of
 from dtruntime_torch.checkpoint.state.local_shard import is_dtensor, local_part
 from dtruntime_torch.checkpoint.state.traverse import (
+    Look,
     Node,
     cannot_replace,
+    fill_any,
     holds_tensor,
     is_stateful,
     join_names,
@@ -28,10 +30,17 @@ GROUPS = "param_groups"
 
 
 class Leaf(NamedTuple):
-    """A leaf of a state; `owned` if it is an optimizer's state of one of its parameters."""
+    """A leaf of a state.
+
+    Attributes:
+        node: where it lies.
+        owned: it is an optimizer's state of one of its parameters.
+        filled: it lies in a module or an optimizer, which has tensors of its own class when it is loaded.
+    """
 
     node: Node
-    owned: bool
+    owned: bool = False
+    filled: bool = False
 
 
 class Survey:
@@ -39,6 +48,7 @@ class Survey:
 
     Args:
         state: a dict, or bytes.
+        look: is shown each container before it is entered, and may raise.
 
     Attributes:
         nodes: in the order of the state.
@@ -48,8 +58,9 @@ class Survey:
         InvalidArgument, UnsupportedType: the state cannot be saved or loaded into.
     """
 
-    def __init__(self, state: object) -> None:
-        self.nodes = tuple(nodes(state))
+    def __init__(self, state: object, look: Look = fill_any) -> None:
+        self._look = look
+        self.nodes = tuple(nodes(state, look))
         for node in self.nodes:
             _check_supported(node)
         self._modules = {
@@ -75,13 +86,15 @@ class Survey:
         for node in self.nodes:
             if isinstance(node.value, torch.nn.Module):
                 for _, entry in self.entries_of(node):
-                    yield from (Leaf(leaf, owned=False) for leaf in nodes_below(entry, entry.value))
+                    yield from (
+                        Leaf(leaf, filled=True) for leaf in nodes_below(entry, entry.value, self._look)
+                    )
             elif isinstance(node.value, torch.optim.Optimizer):
-                yield from _optimizer_leaves(node, self.names_of(node))
+                yield from _optimizer_leaves(node, self.names_of(node), self._look)
             elif is_stateful(node.value):
-                yield from (Leaf(leaf, owned=False) for leaf in nodes_below(node, node.value.state_dict()))
+                yield from map(Leaf, nodes_below(node, node.value.state_dict(), self._look))
             else:
-                yield Leaf(node, owned=False)
+                yield Leaf(node)
 
     def entries_of(self, node: Node) -> Iterator[tuple[str, Node]]:
         """The entries of the `state_dict` of the module at `node`: the key there, and a node with the name here."""
@@ -89,21 +102,21 @@ class Survey:
             yield key, node.child("dict", clean_name(node.value, key), value, cannot_replace)
 
 
-def _optimizer_leaves(node: Node, names: tuple[str, ...]) -> Iterator[Leaf]:
+def _optimizer_leaves(node: Node, names: tuple[str, ...], look: Look) -> Iterator[Leaf]:
     named = named_state(node.value, names, node.fqn)
     parameters = dict(zip(names, parameters_of(node.value), strict=True))
     below = len(node.path) + 1
-    for leaf in nodes_below(node.child("dict", STATE, named[STATE], cannot_replace), named[STATE]):
+    for leaf in nodes_below(node.child("dict", STATE, named[STATE], cannot_replace), named[STATE], look):
         parameter = parameters.get(str(leaf.path[below].key)) if len(leaf.path) > below else None
         if parameter is not None:
             _check_not_local(leaf, parameter)
-        yield Leaf(leaf, owned=parameter is not None)
+        yield Leaf(leaf, owned=parameter is not None, filled=True)
     for i, group in enumerate(named[GROUPS]):
         group_node = _group_node(node, i, group)
         if holds_tensor(group):
-            yield from (Leaf(leaf, owned=False) for leaf in nodes_below(group_node, group))
+            yield from (Leaf(leaf, filled=True) for leaf in nodes_below(group_node, group, look))
         else:
-            yield Leaf(group_node, owned=False)
+            yield Leaf(group_node, filled=True)
 
 
 def _group_node(node: Node, position: int, group: Mapping[str, Any]) -> Node:

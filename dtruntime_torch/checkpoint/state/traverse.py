@@ -3,10 +3,12 @@
 Dicts are always entered, lists and tuples only where they hold a tensor, as torch.distributed.checkpoint does it.
 Beyond that one, tuples are entered too, a dict that is keyed by other than str stays whole unless it holds a tensor,
 and so does a list of dicts without one: a history that grew is one value, and no two hundred names that differ.
+A save refuses containers of types that would not come back; a load fills whatever container is there.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeGuard, TypeVar
@@ -23,6 +25,9 @@ Replace = Callable[[object], None]
 
 # The name of a state that is one value and no dict.
 ROOT_NAME = "data"
+
+# What comes back as exactly what it was.
+_KINDS: dict[type, Kind] = {dict: "dict", OrderedDict: "ordered_dict", list: "list", tuple: "tuple"}
 
 _COMMON_LEAVES = frozenset({type(None), bool, int, float, str, bytes})
 
@@ -71,17 +76,47 @@ class Node:
     per_rank: bool
     replace: Replace
 
+    @property
+    def where(self) -> str:
+        """Its name in errors."""
+        return self.fqn or "the state"
+
     def child(self, container: Kind, key: object, value: object, replace: Replace) -> Node:
         """What this node's value holds under a key."""
         name = join_names(self.fqn, str(key)) if self.path else str(key)
         return Node((*self.path, PathKey(container, key)), name, value, self.per_rank, replace)
 
 
-def nodes(state: object) -> Iterator[Node]:
+Look = Callable[[Node], None]
+
+
+def fill_any(container: Node) -> None:
+    """How a load looks at the containers that it enters: it fills them, and each stays the object that it is."""
+
+
+def keep_types(container: Node) -> None:
+    """How a save looks at the containers that it enters: it refuses what would come back as something else.
+
+    Raises:
+        UnsupportedType: naming the container, its type, and what to do.
+    """
+    kind = type(container.value)
+    if kind in _KINDS:
+        return
+    plain = "dict" if issubclass(kind, Mapping) else "list" if issubclass(kind, list) else "tuple"
+    raise UnsupportedType(
+        f"{container.where}: a {kind.__module__}.{kind.__qualname__} would come back as a {plain}; save {plain}(...) of "
+        f"it, which may be loaded into such a {kind.__qualname__}, or, if no tensor is in it, teach it: "
+        f"dtruntime_torch.register_codec"
+    )
+
+
+def nodes(state: object, look: Look = fill_any) -> Iterator[Node]:
     """Finds the leaves and the stateful objects of a state, in the order of the state.
 
     Args:
         state: a dict, or bytes.
+        look: is shown each container before it is entered, and may raise.
 
     Raises:
         InvalidArgument: it is neither.
@@ -98,19 +133,20 @@ def nodes(state: object) -> Iterator[Node]:
         )
     root = Node((), "" if isinstance(state, Mapping) else ROOT_NAME, state, False, cannot_replace)
     if isinstance(state, Mapping):
-        yield from _enter(root, frozenset())
+        yield from _enter(root, frozenset(), look)
     else:
         yield root
 
 
-def nodes_below(node: Node, state: object) -> Iterator[Node]:
+def nodes_below(node: Node, state: object, look: Look = fill_any) -> Iterator[Node]:
     """Finds the leaves of what a stateful object's `state_dict` returned; they are named below the object.
 
     Args:
         node: where the object lies.
         state: what it returned, mostly a dict.
+        look: as for `nodes`.
     """
-    yield from _walk(Node(node.path, node.fqn, state, node.per_rank, cannot_replace), frozenset())
+    yield from _walk(Node(node.path, node.fqn, state, node.per_rank, cannot_replace), frozenset(), look)
 
 
 def name_clash(fqn: str, first: Path, second: Path) -> InvalidArgument:
@@ -133,49 +169,49 @@ def is_stateful(value: object) -> TypeGuard[Stateful]:
     return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
 
 
-def _walk(node: Node, inside: frozenset[int]) -> Iterator[Node]:
+def _walk(node: Node, inside: frozenset[int], look: Look) -> Iterator[Node]:
     value = node.value
     if is_wrapper(value):
-        yield from _parts_of_wrapper(node, _deeper(node, inside))
+        yield from _parts_of_wrapper(node, _deeper(node, inside), look)
     elif isinstance(value, torch.Tensor):
         yield node
     elif isinstance(value, PerRank):
         inner = Node(node.path, node.fqn, value.value, True, lambda new: setattr(value, "value", new))
-        yield from _walk(inner, _deeper(node, inside))
+        yield from _walk(inner, _deeper(node, inside), look)
     elif is_stateful(value) or not _is_entered(value):
         yield node
     else:
-        yield from _enter(node, inside)
+        yield from _enter(node, inside, look)
 
 
-def _parts_of_wrapper(node: Node, inside: frozenset[int]) -> Iterator[Node]:
+def _parts_of_wrapper(node: Node, inside: frozenset[int], look: Look) -> Iterator[Node]:
     inner, wrapping = take_apart(node.value, node.fqn)
     for name, part in inner.items():
-        yield from _walk(node.child("dict", name, part, cannot_replace), inside)
+        yield from _walk(node.child("dict", name, part, cannot_replace), inside, look)
     yield node.child("dict", WRAPPING, wrapping, cannot_replace)
 
 
-def _enter(node: Node, inside: frozenset[int]) -> Iterator[Node]:
+def _enter(node: Node, inside: frozenset[int], look: Look) -> Iterator[Node]:
     inside = _deeper(node, inside)
+    look(node)
     for child in _children(node):
-        yield from _walk(child, inside)
+        yield from _walk(child, inside, look)
 
 
 def _deeper(node: Node, inside: frozenset[int]) -> frozenset[int]:
-    where = node.fqn or "the state"
     if id(node.value) in inside:
         raise UnsupportedType(
-            f"{where}: a {type(node.value).__qualname__} that contains itself cannot be stored"
+            f"{node.where}: a {type(node.value).__qualname__} that contains itself cannot be stored"
         )
     if len(inside) == objects.MAX_DEPTH:
         raise UnsupportedType(
-            f"{where}: more than {objects.MAX_DEPTH} containers in each other cannot be stored"
+            f"{node.where}: more than {objects.MAX_DEPTH} containers in each other cannot be stored"
         )
     return inside | {id(node.value)}
 
 
 def _is_entered(value: object) -> bool:
-    if objects.has_codec(type(value)):
+    if type(value) is not OrderedDict and objects.has_codec(type(value)):
         return False
     if isinstance(value, Mapping):
         return bool(value) and (all(isinstance(key, str) for key in value) or holds_tensor(value))
@@ -206,8 +242,8 @@ def _children(node: Node) -> Iterator[Node]:
     if isinstance(value, Mapping):
         for key, item in value.items():
             if type(key) is not str:
-                _check_key(key, f"{node.fqn or 'the state'}, a key of it")
-            yield node.child("dict", key, item, _setter(value, key, node.fqn))
+                _check_key(key, f"{node.where}, a key of it")
+            yield node.child(_KINDS.get(type(value), "dict"), key, item, _setter(value, key, node.fqn))
     elif isinstance(value, list):
         for i, item in enumerate(value):
             yield node.child("list", i, item, _setter(value, i, node.fqn))
@@ -225,10 +261,17 @@ def _check_key(key: object, where: str) -> None:
             f"those as the key"
         )
     objects.encode(key, where)
+    try:
+        str(key)
+    except ValueError as error:
+        raise UnsupportedType(f"{where}: an integer that long gives no name to a tensor: {error}") from error
 
 
 def _is_plain(key: object) -> bool:
-    return type(key) in _COMMON_LEAVES | {complex} or (type(key) is tuple and all(map(_is_plain, key)))
+    if type(key) is tuple:
+        return all(map(_is_plain, key))
+    # NaN is no key that is found again.
+    return type(key) in _COMMON_LEAVES | {complex} and key == key
 
 
 def _setter(container: Any, key: Any, fqn: str) -> Replace:

@@ -7,6 +7,7 @@ from its name in a checkpoint: where there is no wrapper, none can be made.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -143,12 +144,12 @@ def _canonical(metadata: object) -> bytes:
 
 def rewrapped(value: Any) -> Any:
     """Puts tensors back into wrappers, wherever a dict holds a `Wrapping` that knows its wrapper."""
-    if type(value) is dict:
+    if type(value) in (dict, OrderedDict):
         items = {key: rewrapped(item) for key, item in value.items()}
         wrapping = items.get(WRAPPING)
         if isinstance(wrapping, Wrapping) and wrapping.tensor is not None:
             return wrapping.around({key: part for key, part in items.items() if key != WRAPPING})
-        return items
+        return type(value)(items)
     if type(value) is list or type(value) is tuple:
         return type(value)(map(rewrapped, value))
     return value

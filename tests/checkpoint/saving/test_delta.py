@@ -31,8 +31,11 @@ def image_of(arrays: dict[str, np.ndarray]) -> Image:
 
 
 @st.composite
-def histories(draw: st.DrawFn) -> list[Image]:
-    """Images of one layout, each of which differs from the one before in any bytes, or in none."""
+def histories(draw: st.DrawFn, resized: bool = False) -> list[Image]:
+    """Images of one layout, each of which differs from the one before in any bytes, or in none.
+
+    If `resized`, tensors may also have another size in the next, or be new, or gone.
+    """
     lengths = draw(st.lists(st.integers(0, 70), min_size=1, max_size=5))
     arrays = {
         f"t{n}": np.arange(length).astype(draw(st.sampled_from(DTYPES))) for n, length in enumerate(lengths)
@@ -40,6 +43,10 @@ def histories(draw: st.DrawFn) -> list[Image]:
     images = [image_of(arrays)]
     for _ in range(draw(st.integers(1, 4))):
         arrays = {fqn: array.copy() for fqn, array in arrays.items()}
+        for n in draw(st.lists(st.integers(0, 5), max_size=2)) if resized else []:
+            arrays.pop(f"t{n}", None)
+            if draw(st.booleans()):
+                arrays[f"t{n}"] = np.arange(draw(st.integers(0, 70))).astype(draw(st.sampled_from(DTYPES)))
         for array in arrays.values():
             flat_bytes = array.view(np.uint8)
             places = st.integers(0, max(len(flat_bytes) - 1, 0))
@@ -79,7 +86,7 @@ def read_back(backend: MemoryBackend, part: Part) -> dict[str, bytes]:
     }
 
 
-@given(histories())
+@given(histories() | histories(resized=True))
 def test_every_delta_of_a_chain_reads_as_its_image(images):
     backend, base = MemoryBackend(), None
     for step, image in enumerate(images):
@@ -166,6 +173,28 @@ def test_extents_of_a_base_that_are_apart_stay_apart():
     apart = (Extent(0, 128, CHUNK), Extent(0, 128 + 2 * CHUNK, 2 * CHUNK))
     base = replace(part, files=(replace(file, length=1000),), tensors=(replace(entry, extents=apart),))
     assert make_delta(base, image.layout, image.digests, 64).extents == (apart,)
+
+
+@pytest.mark.parametrize("before", [0, 1, 3 * CHUNK, 2 * CHUNK])
+def test_of_a_tensor_of_another_size_all_is_written_and_of_the_others_what_changed(before):
+    kept = np.arange(5 * CHUNK, dtype=np.uint8)
+    images = [
+        image_of({"own": np.zeros(size, np.uint8), "kept": kept, "changed": np.full(7, size, np.uint8)})
+        for size in (before, 2 * CHUNK + 1)
+    ]
+    backend = MemoryBackend()
+    base = save(backend, 1, images[0], None)[0].part
+    shard, delta = save(backend, 2, images[1], base)
+    assert delta is not None
+    assert delta.changed_bytes == 2 * CHUNK + 1 + 7
+    assert read_back(backend, shard.part)["kept"] == kept.tobytes()
+
+
+def test_a_base_without_any_bytes_is_one_too():
+    base = save(MemoryBackend(), 1, image_of({"a": np.zeros(0, np.uint8)}), None)[0].part
+    image = image_of({"a": np.zeros(3, np.uint8)})
+    for files in (base.files, ()):
+        assert make_delta(replace(base, files=files), image.layout, image.digests, 64).changed_bytes == 3
 
 
 @pytest.mark.parametrize("byte", [0, 15])

@@ -15,6 +15,7 @@ from dtruntime_torch.checkpoint import catalog
 from dtruntime_torch.checkpoint.names import CommitKey
 from dtruntime_torch.errors import InvalidArgument
 from dtruntime_torch.storage import LocalBackend, MemoryBackend, run_sync
+from dtruntime_torch.storage.backend import Data
 from tests.checkpoint.saving.delta_ranks import (
     CHUNK,
     CHUNKS,
@@ -194,6 +195,55 @@ def test_another_structure_is_saved_in_full_and_deltas_go_on_from_there():
     states = [{**state, "more": torch.ones(2000)} for state in states]
     assert saves(ranks, states, (3, 4)) == [True, False]
     check_step(backend, states, 4)
+
+
+class Counting(MemoryBackend):
+    """Counts the bytes of data files that are written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = 0
+
+    async def write(self, path: str, data: Data) -> None:
+        await super().write(path, data)
+        if path.endswith((".safetensors", ".delta")):
+            self.written += await self.size(path)
+
+
+@pytest.mark.parametrize("sizes", [(900, 700), (700, 900), (10, 20), (0, 700)], ids=str)
+def test_what_is_a_rank_s_own_may_change_its_size_and_each_changed_byte_is_written_once(sizes):
+    backend, states = Counting(), make_states(2)
+    ranks = delta_ranks(2, backend)
+    save_all(ranks, states, 1)
+    touch(states, 2, chunks=(3,))
+    changed = CHUNK
+    for state, size in zip(states, sizes, strict=True):
+        changed += state["seed"].element_size() * size if size != len(state["seed"]) else 0
+        state["seed"] = torch.full((size,), 5) if size != len(state["seed"]) else state["seed"]
+    before = backend.written
+    info = save_all(ranks, states, 2)
+    assert not info.full
+    assert changed < backend.written - before <= changed + 2 * HEADER
+    tries = run_sync(backend.list("model/step-00000002/", "/"))
+    assert [entry.path for entry in tries] == ["model/step-00000002/0001-1/"]
+    check_step(backend, states, 2)
+    touch(states, 3, chunks=(4,))
+    assert save_all(ranks, states, 3).written == CHUNK + HEADER
+    check_step(backend, states, 3)
+
+
+def test_bytes_that_grow_with_every_save_do_not_make_every_save_full():
+    backend = Counting()
+    with dt.CheckpointManager(backend, delta=True, chunk_bytes=CHUNK) as manager:
+        weight = torch.zeros(40 * CHUNK, dtype=torch.uint8)
+        for step in range(1, 5):
+            state = {"w": weight, "log": b"x" * step * 100}
+            before = backend.written
+            assert manager.save(state, step).full == (step == 1)
+            assert step == 1 or backend.written - before == HEADER + step * 100
+            loaded = manager.load_checkpoint()
+            assert isinstance(loaded, dict) and loaded["log"] == state["log"]
+            assert torch.equal(loaded["w"], weight)
 
 
 def test_the_first_save_after_a_load_is_full():

@@ -89,3 +89,42 @@ def test_tensors_that_stand_alone_are_not_tried_out(monkeypatch):
     nothing_is_asked_for: dict[str, torch.Tensor] = {}
     fills = [Fill("a", base[4:]), Fill("b", base[:4]), Fill("c", torch.zeros(0))]
     check_fills(fills, nothing_is_asked_for)
+
+
+def windows(base: torch.Tensor) -> torch.Tensor:
+    """Of four elements each, every one of which begins at the next element."""
+    return base.as_strided((4, 4), (1, 1))
+
+
+def test_a_view_that_overlaps_itself_is_filled_where_the_values_agree():
+    saved, target = torch.randn(7), torch.zeros(7)
+    with dt.CheckpointManager(dt.MemoryBackend()) as manager:
+        manager.save({"w": windows(saved)}, 1)
+        manager.load({"w": windows(target)})
+        assert torch.equal(target, saved)
+        manager.save({"w": torch.randn(4, 4)}, 2)
+        with pytest.raises(InvalidArgument, match="w shares memory with itself in the state"):
+            manager.load({"w": windows(target)})
+    assert torch.equal(target, saved)
+
+
+CONJUGATES = [lambda base: base.conj(), torch._neg_view]
+
+
+@pytest.mark.parametrize("other", CONJUGATES, ids=["conj", "neg"])
+def test_a_tensor_and_its_conjugate_view_come_back_as_they_were_saved(other):
+    saved, target = torch.randn(5, dtype=torch.complex64), torch.zeros(5, dtype=torch.complex64)
+    with dt.CheckpointManager(dt.MemoryBackend()) as manager:
+        manager.save({"a": saved, "b": other(saved)}, 1)
+        manager.load({"a": target, "b": other(target)})
+    assert torch.equal(target, saved)
+
+
+@pytest.mark.parametrize("other", CONJUGATES, ids=["conj", "neg"])
+def test_equal_values_do_not_fill_a_tensor_and_its_conjugate_view(other):
+    saved, target = torch.randn(5, dtype=torch.complex64), torch.zeros(5, dtype=torch.complex64)
+    with dt.CheckpointManager(dt.MemoryBackend()) as manager:
+        manager.save({"a": saved, "b": saved.clone()}, 1)
+        with pytest.raises(InvalidArgument, match="a shares memory with b"):
+            manager.load({"a": target, "b": other(target)})
+    assert not target.any()
