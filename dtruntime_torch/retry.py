@@ -1,15 +1,19 @@
-"""How often something is tried again, and after which pauses: the one policy of the package, as a value."""
+"""How often something is tried again, and after which pauses: the one policy of the package, as a value, and its use."""
 
 from __future__ import annotations
 
+import asyncio
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 from dtruntime_torch.counts import check_count, check_number
-from dtruntime_torch.errors import InvalidArgument
+from dtruntime_torch.errors import InvalidArgument, StorageError
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,3 +78,69 @@ class RetryPolicy:
                 return
             yield delay
             pause = min(pause * self.factor, self.max)
+
+
+class Tries:
+    """One thing that is tried as a policy says: after each failure it tells the pause, and at the end what was done.
+
+    Args:
+        policy: how often, and after which pauses.
+        clock: seconds that only rise.
+
+    Example:
+        >>> tries = Tries(RetryPolicy(attempts=2, initial=1.0, jitter=0.0), clock=lambda: 7.0)
+        >>> tries.next_pause(), tries.next_pause(), str(tries)
+        (1.0, None, 'tried 2 times in 0.0 s')
+    """
+
+    def __init__(self, policy: RetryPolicy, clock: Callable[[], float] = time.monotonic) -> None:
+        self._delays = policy.delays(clock)
+        self._clock = clock
+        self._began = clock()
+        self._made = 0
+
+    def __str__(self) -> str:
+        times = "once" if self._made == 1 else f"{self._made} times"
+        return f"tried {times} in {self._clock() - self._began:.1f} s"
+
+    def next_pause(self) -> float | None:
+        """Notes that a try has failed; returns the seconds before the next one, or None if there is to be none."""
+        self._made += 1
+        return next(self._delays, None)
+
+
+async def retrying(
+    policy: RetryPolicy,
+    work: Callable[[], Awaitable[R]],
+    may_pass: Callable[[Exception], bool],
+    sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
+) -> R:
+    """Does something, again after each failure that may be over the next time.
+
+    Args:
+        policy: how often, and after which pauses.
+        work: called for each try.
+        may_pass: whether a failure is worth another try.
+        sleep: waits so many seconds.
+
+    Raises:
+        StorageError: there is to be no further try; says how many there were, and has the last one's errno.
+        Exception: what does not pass, as it is; and of a policy of one try all.
+    """
+    tries = Tries(policy)
+    while True:
+        try:
+            return await work()
+        except Exception as error:
+            pause = tries.next_pause() if may_pass(error) else None
+            if pause is None and policy.attempts > 1 and may_pass(error):
+                raise _given_up(error, tries) from error
+            if pause is None:
+                raise
+        await sleep(pause)
+
+
+def _given_up(error: Exception, tries: Tries) -> StorageError:
+    last = StorageError(f"{error} ({tries})")
+    last.errno = getattr(error, "errno", None)
+    return last
