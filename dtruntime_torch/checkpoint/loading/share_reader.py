@@ -11,6 +11,7 @@ import itertools
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from dtruntime_torch import _C
 from dtruntime_torch.checkpoint.format.records import FileRef, Part
@@ -20,6 +21,7 @@ from dtruntime_torch.checkpoint.loading.placement import Fetch, Placement
 from dtruntime_torch.checkpoint.specs import DIGEST_BYTES, digest_length
 from dtruntime_torch.errors import Damage, NotFound, StorageError
 from dtruntime_torch.storage.backend import StorageBackend
+from dtruntime_torch.storage.rereads import reread
 
 FETCHES_AT_A_TIME = 4
 
@@ -149,8 +151,11 @@ class _ShareReader:
 
     async def _fetch(self, path: str, offset: int, into: memoryview) -> None:
         place = f"{self._name}/{path}"
+        if path in self.suspects:
+            return  # it will be gone over once more
         try:
-            got = memoryview(await self._backend.read_range(place, offset, into.nbytes, into=into)).nbytes
+            read = partial(self._backend.read_range, place, offset, into.nbytes, into=into)
+            got = memoryview(await reread(read)).nbytes
             if got != into.nbytes:
                 raise StorageError(f"{place} gave {got} of {into.nbytes} bytes at {offset}")
         except StorageError as error:
