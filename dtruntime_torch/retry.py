@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from dtruntime_torch.counts import check_count, check_number
-from dtruntime_torch.errors import InvalidArgument, StorageError
+from dtruntime_torch.errors import InvalidArgument, StorageError, UnsuitableStorage
 
 R = TypeVar("R")
 
@@ -103,16 +103,25 @@ class Tries:
         times = "once" if self._made == 1 else f"{self._made} times"
         return f"tried {times} in {self._clock() - self._began:.1f} s"
 
+    def tell(self, message: str) -> str:
+        """Adds to what the last try ended with how many there were, if there were several."""
+        return f"{message} ({self})" if self._made > 1 else message
+
     def next_pause(self) -> float | None:
         """Notes that a try has failed; returns the seconds before the next one, or None if there is to be none."""
         self._made += 1
         return next(self._delays, None)
 
 
+def may_pass(error: BaseException) -> bool:
+    """Whether what the system refused may be granted the next time, as on a disk that was full."""
+    return isinstance(error, OSError) and not isinstance(error, UnsuitableStorage)
+
+
 async def retrying(
     policy: RetryPolicy,
     work: Callable[[], Awaitable[R]],
-    may_pass: Callable[[Exception], bool],
+    passes: Callable[[Exception], bool] = may_pass,
     sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
 ) -> R:
     """Does something, again after each failure that may be over the next time.
@@ -120,7 +129,7 @@ async def retrying(
     Args:
         policy: how often, and after which pauses.
         work: called for each try.
-        may_pass: whether a failure is worth another try.
+        passes: whether a failure is worth another try.
         sleep: waits so many seconds.
 
     Raises:
@@ -132,15 +141,11 @@ async def retrying(
         try:
             return await work()
         except Exception as error:
-            pause = tries.next_pause() if may_pass(error) else None
-            if pause is None and policy.attempts > 1 and may_pass(error):
-                raise _given_up(error, tries) from error
-            if pause is None:
+            if not passes(error) or policy.attempts == 1:
                 raise
+            pause = tries.next_pause()
+            if pause is None:
+                last = StorageError(tries.tell(str(error) or type(error).__name__))
+                last.errno = getattr(error, "errno", None)
+                raise last from error
         await sleep(pause)
-
-
-def _given_up(error: Exception, tries: Tries) -> StorageError:
-    last = StorageError(f"{error} ({tries})")
-    last.errno = getattr(error, "errno", None)
-    return last

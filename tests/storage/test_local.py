@@ -147,9 +147,9 @@ def test_a_failed_call_leaves_nothing_behind(
 
 
 def test_an_error_that_has_no_errno_is_not_taken_for_a_bad_sector():
-    with pytest.raises(StorageError, match="could not read here: something odd") as caught:
-        with explained("read", "here"):
-            raise OSError("something odd")
+    error = pytest.raises(StorageError, match="could not read here: something odd")
+    with error as caught, explained("read", "here"):
+        raise OSError("something odd")
     assert caught.value.errno is None and not is_unreadable(caught.value)
 
 
