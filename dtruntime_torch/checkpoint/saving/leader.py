@@ -26,6 +26,7 @@ from dtruntime_torch.errors import CommitConflict
 from dtruntime_torch.membership import Membership
 from dtruntime_torch.retry import RetryPolicy, Tries, retrying
 from dtruntime_torch.storage import StorageBackend, run_sync
+from dtruntime_torch.storage.sync import in_time
 
 
 class Leader:
@@ -80,7 +81,11 @@ class Leader:
             CommitConflict: the line is not the newest, or somebody else has replaced this job.
             StorageError: the storage failed, as often as the policy lets it.
         """
-        return run_sync(retrying(self._retry, partial(self._name_attempt, step)))
+        return run_sync(retrying(self._retry, partial(self._name_in_time, step)))
+
+    async def _name_in_time(self, step: int) -> Attempt:
+        # Twice what a claim is asked for at most, and with all tries less than the others wait.
+        return await in_time(self._name_attempt(step), 2 * self._share, f"step {step} could not be begun")
 
     async def _name_attempt(self, step: int) -> Attempt:
         backend, lineage, name = self._backend, self._lineage, self._name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from dtruntime_torch.checkpoint.commit import Patience, claim_generation
 from dtruntime_torch.errors import DTRuntimeError, StorageError, UnsuitableStorage
 from dtruntime_torch.storage import LocalBackend, MemoryBackend, run_sync
 from dtruntime_torch.storage.system_calls import SystemCalls
-from dtruntime_torch.testing.faulty_backend import FaultyBackend, lost_answer, not_done
+from dtruntime_torch.testing.faulty_backend import Call, FaultyBackend, Stopped, lost_answer, not_done
 from tests.checkpoint.commits import NAME, Time, creates, generation_path
 
 RETRY = RetryPolicy(attempts=2, initial=0.0)
@@ -114,3 +115,24 @@ def test_where_nothing_can_be_created_a_save_is_not_tried_again(tmp_path: Path):
         manager.save(state(1), 1)
     assert creates(backend) == [generation_path(1)]
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize(("before", "timeout"), [(0, 0.2), (2, 0.8)])
+def test_a_call_that_never_returns_keeps_no_save_for_ever_and_loses_nothing(before, timeout):
+    """But the writes of a part, which take what they take: they keep nobody but their own save waiting."""
+    for nth in range(1, calls_of_a_save(before, keep_last_n=2) + 1):
+        backend, stopped = FaultyBackend(MemoryBackend()), Stopped()
+        with manager_of(backend, timeout=timeout, keep_last_n=2) as manager:
+            for step in range(1, before + 1):
+                manager.save(state(step), step)
+            backend.when("write", "*/shard-*", Call.proceed, nth=None)
+            backend.when("*", "*", stopped, nth=nth)
+            with suppress(DTRuntimeError):
+                manager.save(state(before + 1), before + 1)
+        with manager_of(backend, timeout=60) as manager:
+            if (newest := manager.latest()) is None:
+                assert before == 0
+                continue
+            assert newest.step >= before
+            found = manager.load_checkpoint()
+            assert all(torch.equal(found[name], t) for name, t in state(newest.step).items())
