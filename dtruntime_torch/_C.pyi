@@ -64,8 +64,9 @@ class Arena:
             nbytes: its size.
             name: makes it shared memory that outlives the process: the file `/dev/shm/NAME`, readable to this
                 user alone. 1 to 200 of `A-Z a-z 0-9 . _ -`, with no dot in front. `attach` finds it, whatever
-                became of its maker; `unlink` removes it, and nothing else does. All of it is handed out at
-                once, so that a full /dev/shm is found here and not when it is written.
+                became of its maker; `unlink` removes it, and nothing else does. Its maker holds an exclusive
+                `flock` on it as long as it lives. All of it is handed out at once, so that a full /dev/shm is
+                found here and not when it is written.
             pin: pins it for CUDA. Where that cannot be done it is as without, and `pin_refusal` says why. Its
                 pages are handed out at once, in parallel.
             dont_fork: leaves it out of children that fork makes. After a fork of a DataLoader the parent's

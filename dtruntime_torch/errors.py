@@ -39,6 +39,10 @@ class AlreadyExists(StorageError, FileExistsError):
     """A create found something at that path, and what it found is durable."""
 
 
+class UnsuitableStorage(StorageError):
+    """The storage lacks what is asked of it and always will; nothing was changed, and nothing is tried again."""
+
+
 class CheckpointNotFound(DTRuntimeError, FileNotFoundError):
     """No committed checkpoint answers the request."""
 

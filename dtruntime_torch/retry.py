@@ -1,15 +1,19 @@
-"""How often something is tried again, and after which pauses: the one policy of the package, as a value."""
+"""How often something is tried again, and after which pauses: the one policy of the package, as a value, and its use."""
 
 from __future__ import annotations
 
+import asyncio
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 from dtruntime_torch.counts import check_count, check_number
-from dtruntime_torch.errors import InvalidArgument
+from dtruntime_torch.errors import InvalidArgument, StorageError, UnsuitableStorage
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,3 +78,74 @@ class RetryPolicy:
                 return
             yield delay
             pause = min(pause * self.factor, self.max)
+
+
+class Tries:
+    """One thing that is tried as a policy says: after each failure it tells the pause, and at the end what was done.
+
+    Args:
+        policy: how often, and after which pauses.
+        clock: seconds that only rise.
+
+    Example:
+        >>> tries = Tries(RetryPolicy(attempts=2, initial=1.0, jitter=0.0), clock=lambda: 7.0)
+        >>> tries.next_pause(), tries.next_pause(), str(tries)
+        (1.0, None, 'tried 2 times in 0.0 s')
+    """
+
+    def __init__(self, policy: RetryPolicy, clock: Callable[[], float] = time.monotonic) -> None:
+        self._delays = policy.delays(clock)
+        self._clock = clock
+        self._began = clock()
+        self._made = 0
+
+    def __str__(self) -> str:
+        times = "once" if self._made == 1 else f"{self._made} times"
+        return f"tried {times} in {self._clock() - self._began:.1f} s"
+
+    def tell(self, message: str) -> str:
+        """Adds to what the last try ended with how many there were, if there were several."""
+        return f"{message} ({self})" if self._made > 1 else message
+
+    def next_pause(self) -> float | None:
+        """Notes that a try has failed; returns the seconds before the next one, or None if there is to be none."""
+        self._made += 1
+        return next(self._delays, None)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether what the system refused may be granted the next time, as on a disk that was full."""
+    return isinstance(error, OSError) and not isinstance(error, UnsuitableStorage)
+
+
+async def retrying(
+    policy: RetryPolicy,
+    work: Callable[[], Awaitable[R]],
+    passes: Callable[[Exception], bool] = may_pass,
+    sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
+) -> R:
+    """Does something, again after each failure that may be over the next time.
+
+    Args:
+        policy: how often, and after which pauses.
+        work: called for each try.
+        passes: whether a failure is worth another try.
+        sleep: waits so many seconds.
+
+    Raises:
+        StorageError: there is to be no further try; says how many there were, and has the last one's errno.
+        Exception: what does not pass, as it is; and of a policy of one try all.
+    """
+    tries = Tries(policy)
+    while True:
+        try:
+            return await work()
+        except Exception as error:
+            if not passes(error) or policy.attempts == 1:
+                raise
+            pause = tries.next_pause()
+            if pause is None:
+                last = StorageError(tries.tell(str(error) or type(error).__name__))
+                last.errno = getattr(error, "errno", None)
+                raise last from error
+        await sleep(pause)

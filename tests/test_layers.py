@@ -76,7 +76,7 @@ IMPURE_IMPORTS = {
 
 STANDARD_HEADER = re.compile(r"[a-z_0-9]+")
 POSIX_HEADERS = {
-    "fcntl.h", "linux/fs.h", "pthread.h", "signal.h", "sys/mman.h", "sys/resource.h", "sys/stat.h",
+    "fcntl.h", "linux/fs.h", "pthread.h", "signal.h", "sys/file.h", "sys/mman.h", "sys/resource.h", "sys/stat.h",
     "sys/statvfs.h", "sys/syscall.h", "unistd.h",
 }  # fmt: skip
 INTRINSICS_HEADERS = {"arm_neon.h", "emmintrin.h", "immintrin.h"}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from dtruntime_torch import RetryPolicy
-from dtruntime_torch.errors import InvalidArgument
+from dtruntime_torch.errors import InvalidArgument, StorageError
+from dtruntime_torch.retry import retrying
+from dtruntime_torch.storage import run_sync
 
 
 def test_there_is_one_pause_fewer_than_tries():
@@ -54,3 +56,53 @@ def test_no_try_begins_after_the_deadline():
 def test_a_policy_out_of_range_is_refused(bad):
     with pytest.raises(InvalidArgument):
         RetryPolicy(**bad)
+
+
+def failing(*errors):
+    """Work that raises these one after the other, and then returns how often it was called."""
+    left = list(errors)
+
+    async def work():
+        if left:
+            raise left.pop(0)
+        return len(errors) + 1
+
+    return work
+
+
+def do(policy, work, slept=None):
+    async def sleep(seconds):
+        if slept is not None:
+            slept.append(seconds)
+
+    return run_sync(retrying(policy, work, lambda error: isinstance(error, OSError), sleep))
+
+
+def test_what_may_pass_is_tried_again_after_the_pauses_of_the_policy():
+    slept = []
+    policy = RetryPolicy(attempts=3, initial=7.0, factor=2.0, jitter=0.0)
+    assert do(policy, failing(OSError("a"), OSError("b")), slept) == 3
+    assert slept == [7.0, 14.0]
+
+
+def test_what_does_not_pass_is_raised_at_once_and_as_it_is():
+    slept, bug = [], ValueError("a bug")
+    with pytest.raises(ValueError) as caught:
+        do(RetryPolicy(), failing(bug), slept)
+    assert caught.value is bug and slept == []
+
+
+def test_the_last_error_says_how_often_and_for_how_long_it_was_tried():
+    with pytest.raises(StorageError, match=r"^\[Errno 5\] third \(tried 3 times in 0\.0 s\)$") as caught:
+        do(
+            RetryPolicy(attempts=3, initial=0.0),
+            failing(OSError("first"), OSError("second"), OSError(5, "third")),
+        )
+    assert caught.value.errno == 5 and isinstance(caught.value.__cause__, OSError)
+
+
+def test_a_policy_of_one_try_leaves_the_error_alone():
+    error = OSError("only")
+    with pytest.raises(OSError) as caught:
+        do(RetryPolicy(attempts=1), failing(error))
+    assert caught.value is error

@@ -1,6 +1,7 @@
 #include "shared_memory.h"
 
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <unistd.h>
@@ -48,7 +49,21 @@ Status SharedMemory::open(const std::string& name, int flags) {
   return {};
 }
 
-Status SharedMemory::create(const std::string& name) { return open(name, O_CREAT | O_EXCL); }
+Status SharedMemory::create(const std::string& name) {
+  if (Status status = open(name, O_CREAT | O_EXCL); !status.ok()) return status;
+  Status status = hold();
+  if (!status.ok()) (void)unlink();
+  return status;
+}
+
+// Between its making and this lock a sweep may have taken the name for a dead one's, or be about to.
+Status SharedMemory::hold() {
+  if (flock(file_, LOCK_EX | LOCK_NB) != 0) return Status::system(errno, "locking shared memory");
+  struct stat about;
+  if (fstat(file_, &about) != 0) return Status::system(errno, "looking at shared memory");
+  return about.st_nlink > 0 ? Status{}
+                            : Status::system(EAGAIN, "making shared memory, whose name was removed");
+}
 
 Status SharedMemory::attach(const std::string& name, size_t* nbytes) {
   if (Status status = open(name, 0); !status.ok()) return status;

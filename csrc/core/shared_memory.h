@@ -19,9 +19,10 @@ class SharedMemory {
   SharedMemory(const SharedMemory&) = delete;
   SharedMemory& operator=(const SharedMemory&) = delete;
 
-  // Makes an empty one that only our user can open. REQUIRES: none is open.
-  // kInvalid for a name that is not [A-Za-z0-9._-]{1,200} or begins with a dot; kSystem, EEXIST if the name
-  // is in use. Nothing has changed then.
+  // Makes an empty one that only our user can open, and holds an exclusive flock on it until it is closed, by
+  // the kernel if the process is killed: of a name that nobody holds the maker is dead. REQUIRES: none is
+  // open. kInvalid for a name that is not [A-Za-z0-9._-]{1,200} or begins with a dot; kSystem, EEXIST if the
+  // name is in use, EAGAIN if somebody took it for a dead one's before it was held. Nothing has changed then.
   Status create(const std::string& name);
 
   // Opens one that is there, and stores its size. REQUIRES: none is open. kInvalid as create() and for what
@@ -51,6 +52,7 @@ class SharedMemory {
 
  private:
   Status open(const std::string& name, int flags);
+  Status hold();
 
   int file_ = -1;
   std::string name_;

@@ -22,8 +22,16 @@ from dtruntime_torch.checkpoint.manifest import (
     decode_part,
 )
 from dtruntime_torch.checkpoint.names import Attempt, CommitKey
-from dtruntime_torch.errors import CheckpointNotFound, CorruptCheckpoint, Damage, NewerFormat, NotFound
+from dtruntime_torch.errors import (
+    CheckpointNotFound,
+    CorruptCheckpoint,
+    Damage,
+    NewerFormat,
+    NotFound,
+    StorageError,
+)
 from dtruntime_torch.storage.backend import Entry, StorageBackend
+from dtruntime_torch.storage.rereads import UNREADABLE, is_unreadable, reread
 
 R = TypeVar("R")
 
@@ -97,10 +105,25 @@ async def read_commit(backend: StorageBackend, name: str, key: CommitKey) -> Com
         CorruptCheckpoint: it is no commit, or that of another place.
     """
     path = names.commit_path(name, key)
-    data = bytes(await backend.read(path))
+    data = await read_record(backend, path)
     commit = decode_commit(data, path)
     _check_repeats(path, len(data), (name, *key), (commit.name, *commit.key))
     return commit
+
+
+async def read_record(backend: StorageBackend, path: str) -> bytes:
+    """Reads a whole commit, manifest, part or generation.
+
+    Raises:
+        NotFound: it is not there, or no longer.
+        CorruptCheckpoint: it is, but the device cannot read it.
+    """
+    try:
+        return bytes(await reread(partial(backend.read, path)))
+    except StorageError as error:
+        if not is_unreadable(error):
+            raise
+        raise _damaged(Damage(path, None, 0, await _size(backend, path), "a file", UNREADABLE)) from error
 
 
 async def is_still_committed(backend: StorageBackend, commit: Commit) -> bool:
@@ -293,7 +316,7 @@ async def _check_run(backend: StorageBackend, commit: Commit) -> None:
         return
     path = names.generation_path(commit.name, commit.generation)
     try:
-        run_id = decode_generation(bytes(await backend.read(path)), path).run_id
+        run_id = decode_generation(await read_record(backend, path), path).run_id
         manifest = await read_manifest(backend, commit)
     except (NotFound, CorruptCheckpoint, NewerFormat):
         # No load needs the record, and of a manifest the load will tell.
@@ -307,17 +330,29 @@ async def _check_run(backend: StorageBackend, commit: Commit) -> None:
 
 async def _read(backend: StorageBackend, path: str) -> bytes:
     try:
-        return bytes(await backend.read(path))
+        return await read_record(backend, path)
     except NotFound as error:
         raise _damaged(Damage(path, None, 0, 0, "a file", "missing")) from error
+
+
+async def _size(backend: StorageBackend, path: str) -> int:
+    """For a report; 0 where it is not known."""
+    try:
+        return await backend.size(path)
+    except StorageError:
+        return 0
 
 
 async def _check_length(backend: StorageBackend, path: str, length: int) -> None:
     """Before a byte is read, so that nothing is allocated for a file that has grown."""
     try:
-        size = await backend.size(path)
+        size = await reread(partial(backend.size, path))
     except NotFound as error:
         raise _damaged(Damage(path, None, 0, 0, "a file", "missing")) from error
+    except StorageError as error:
+        if not is_unreadable(error):
+            raise
+        raise _damaged(Damage(path, None, 0, length, f"{length} bytes", UNREADABLE)) from error
     if size != length:
         start, stop = sorted((size, length))
         raise _damaged(Damage(path, None, start, stop, f"{length} bytes", f"{size} bytes"))

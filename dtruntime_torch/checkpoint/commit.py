@@ -30,7 +30,13 @@ from dtruntime_torch.checkpoint.manifest import (
     encode_manifest,
 )
 from dtruntime_torch.checkpoint.names import CommitKey
-from dtruntime_torch.errors import AlreadyExists, CommitConflict, CorruptCheckpoint, StorageError
+from dtruntime_torch.errors import (
+    AlreadyExists,
+    CommitConflict,
+    CorruptCheckpoint,
+    StorageError,
+    UnsuitableStorage,
+)
 from dtruntime_torch.storage.backend import StorageBackend
 
 R = TypeVar("R")
@@ -222,20 +228,26 @@ async def _make_sure(
 
     Raises:
         StorageError: that is not known at the deadline.
+        UnsuitableStorage: the storage cannot create; it is not asked again.
         CorruptCheckpoint: what is there cannot be decoded.
     """
-    deadline = patience.clock() + patience.seconds
-    pause = patience.pause
+    began = patience.clock()
+    pause, sent = patience.pause, 0
     unknown: Exception | None = None
     while True:
+        sent += 1
         try:
             there = await _create_or_find(backend, path, data, patience)
+        except UnsuitableStorage:
+            raise
         except Exception as error:
             unknown = error
         else:
             return decode(there, path), unknown is None
-        if patience.clock() >= deadline:
-            raise StorageError(f"{path} could not be created: {_reason(unknown)}") from unknown
+        waited = patience.clock() - began
+        if waited >= patience.seconds:
+            tried = f"tried {sent} times in {waited:.1f} s" if sent > 1 else "tried once"
+            raise StorageError(f"{path} could not be created, {tried}: {_reason(unknown)}") from unknown
         await patience.sleep(pause)
         pause = min(2 * pause, 2.0)
 

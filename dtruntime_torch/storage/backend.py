@@ -57,6 +57,7 @@ class StorageBackend(Protocol):
 
         Raises:
             AlreadyExists: something is there, and it is durable.
+            UnsuitableStorage: nothing can be created here, now or later.
         """
 
     async def read(self, path: str) -> Buffer:

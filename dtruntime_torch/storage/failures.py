@@ -33,7 +33,7 @@ def explained(action: str, path: str) -> Iterator[None]:
         path: the absolute path that it was tried on.
 
     Raises:
-        StorageError: its errno is that of its cause. An error of ours passes as it is.
+        StorageError: its errno is that of its cause, None if that has none. An error of ours passes as it is.
     """
     try:
         yield
@@ -46,7 +46,9 @@ def explained(action: str, path: str) -> Iterator[None]:
 
 
 def _explain(action: str, path: str, cause: OSError) -> StorageError:
-    code = cause.errno if cause.errno is not None else errno.EIO
+    code = cause.errno
+    if code is None:
+        return StorageError(f"could not {action} {path}: {cause}. Check the file system there")
     advice = _ADVICE.get(code, "Check the file system there")
     explained = StorageError(
         f"could not {action} {path}: {cause.strerror or os.strerror(code)} "

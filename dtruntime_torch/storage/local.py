@@ -17,7 +17,7 @@ from functools import partial
 
 from typing_extensions import Buffer
 
-from dtruntime_torch.errors import AlreadyExists, InvalidArgument, NotFound, StorageError
+from dtruntime_torch.errors import AlreadyExists, InvalidArgument, NotFound, StorageError, UnsuitableStorage
 from dtruntime_torch.storage.arguments import (
     as_views,
     check_path,
@@ -140,7 +140,7 @@ class LocalBackend:
         except OSError as error:
             if error.errno not in _NO_RENAME:
                 raise
-            raise StorageError(
+            raise UnsuitableStorage(
                 f"could not create {place}: the file system there has neither hard links nor "
                 "renameat2(RENAME_NOREPLACE), so nothing on it can be created exactly once; use another one"
             ) from error

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from typing import TypeVar
+
+from dtruntime_torch.errors import StorageError
 
 Result = TypeVar("Result")
 
@@ -37,6 +39,23 @@ async def in_thread(work: Callable[[], Result]) -> Result:
         future.exception()  # looked at, so that asyncio does not log it as lost
         raise cancelled
     return future.result()
+
+
+async def in_time(work: Awaitable[Result], seconds: float, what: str) -> Result:
+    """Gives work up that does not end; what a thread of `in_thread` is at is waited for all the same.
+
+    Args:
+        work: cancelled then.
+        seconds: that it may take.
+        what: is done, for the error.
+
+    Raises:
+        StorageError: the storage did not answer in time.
+    """
+    try:
+        return await asyncio.wait_for(work, seconds)
+    except asyncio.TimeoutError as error:
+        raise StorageError(f"{what}: the storage did not answer within {seconds:g} s") from error
 
 
 def run_sync(coroutine: Coroutine[object, object, Result]) -> Result:

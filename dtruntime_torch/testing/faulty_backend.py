@@ -8,6 +8,7 @@ ever or kill the process.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import threading
 from collections.abc import Awaitable, Callable
@@ -35,6 +36,7 @@ class Call:
         operation: the method's name.
         path: its path; a listing's prefix.
         data: what a write or create stores; a fault may replace it. None for the others.
+        within: the bytes of the file that a `read_range` reads, from and up to; None for the others.
         run: does the call with `data` as it is then.
     """
 
@@ -42,6 +44,7 @@ class Call:
     path: str
     data: Data | None
     run: Callable[[Data | None], Awaitable[object]]
+    within: tuple[int, int] | None = None
 
     async def proceed(self) -> object:
         """Does the call on the inner backend and returns its result."""
@@ -84,6 +87,22 @@ def damaged(change: Callable[[bytes], bytes]) -> Fault:
         if call.operation not in ("read", "read_range"):
             raise InvalidArgument(f"a {call.operation} carries no bytes that could be damaged")
         return change(bytes(cast(Buffer, await call.proceed())))
+
+    return fault
+
+
+def unreadable(start: int = 0, stop: int | None = None) -> Fault:
+    """A read that touches these bytes of the file, all without `stop`, ends in EIO, as where a sector is bad."""
+
+    async def fault(call: Call) -> object:
+        if call.operation not in ("read", "read_range"):
+            return await call.proceed()
+        first, last = call.within if call.within is not None else (0, None)
+        if (stop is not None and first >= stop) or (last is not None and last <= start):
+            return await call.proceed()
+        error = call.error("met a bad sector")
+        error.errno = errno.EIO
+        raise error
 
     return fault
 
@@ -233,7 +252,8 @@ class FaultyBackend:
         def run(_: Data | None) -> Awaitable[object]:
             return self._inner.read_range(path, offset, length, into=into)
 
-        result = cast(Buffer, await self._run("read_range", path, run))
+        within = (offset, offset + length)
+        result = cast(Buffer, await self._run("read_range", path, run, within=within))
         return result if into is None else _land(result, into)
 
     async def size(self, path: str) -> int:
@@ -262,11 +282,12 @@ class FaultyBackend:
         path: str,
         run: Callable[[Data | None], Awaitable[object]],
         data: Data | None = None,
+        within: tuple[int, int] | None = None,
     ) -> object:
         with self._lock:
             self.calls.append((operation, path))
             striking = [rule.fault for rule in self._rules if rule.strikes(operation, path)]
-        call = Call(operation, path, data, run)
+        call = Call(operation, path, data, run, within)
         return await (striking[0](call) if striking else call.proceed())
 
 

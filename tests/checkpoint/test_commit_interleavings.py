@@ -346,7 +346,7 @@ READ = "        return bytes(await asyncio.wait_for(backend.read(path), patience
 RULES = {
     "an unknown outcome is taken for a loss": [
         (READ, "        raise"),
-        ("if patience.clock() >= deadline:", "if True:"),
+        ("if waited >= patience.seconds:", "if True:"),
         ('return Outcome("unknown", ', 'return Outcome("lost", '),
     ],
     "whatever a create of a commit finds is taken for ours": [("if there == ours:", "if there is not None:")],

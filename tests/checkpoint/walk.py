@@ -3,8 +3,8 @@
 There the protocol is a model; here it is the code. A process is a coroutine that is suspended at each of its storage
 calls. What it does next follows from what its frames hold (`walk_frames`), so that a walk comes to every state once,
 however it was reached, and runs a piece of code once for each answer that it can get. A create may lose its answer,
-having been done or not, or being done later; a process that is not scheduled again is one that was killed. After
-every call:
+having been done or not, or being done later, as often as the walk allows each process; no other call fails but as the
+storage's contract has it. A process that is not scheduled again is one that was killed. After every call:
 
     I1  what a commit names is there: its manifest, and the files of every attempt that it uses;
     I2  once something was committed, something is committed;

@@ -58,7 +58,7 @@ WITHOUT: dict[str, dict[str, list[tuple[str, str]]]] = {
                 "        return bytes(await asyncio.wait_for(backend.read(path), patience.call_seconds))",
                 "        raise",
             ),
-            ("if patience.clock() >= deadline:", "if True:"),
+            ("if waited >= patience.seconds:", "if True:"),
             ('return Outcome("unknown", ', 'return Outcome("lost", '),
         ]
     },

@@ -15,6 +15,8 @@ from typing_extensions import Buffer
 from dtruntime_torch.errors import AlreadyExists, InvalidArgument, NotFound, StorageError
 from dtruntime_torch.storage import LocalBackend, run_sync
 from dtruntime_torch.storage.arguments import temporary_name
+from dtruntime_torch.storage.failures import explained
+from dtruntime_torch.storage.rereads import is_unreadable
 from dtruntime_torch.storage.system_calls import SystemCalls
 
 
@@ -142,6 +144,13 @@ def test_a_failed_call_leaves_nothing_behind(
     with pytest.raises(StorageError, match=f"{store} .*name/file: .*{errno.errorcode[code]}.*{advice}"):
         run_sync(getattr(backend, store)("name/file", b"bytes"))
     assert names(tmp_path) == []
+
+
+def test_an_error_that_has_no_errno_is_not_taken_for_a_bad_sector():
+    error = pytest.raises(StorageError, match="could not read here: something odd")
+    with error as caught, explained("read", "here"):
+        raise OSError("something odd")
+    assert caught.value.errno is None and not is_unreadable(caught.value)
 
 
 def test_a_temporary_file_that_cannot_be_removed_hides_no_error(tmp_path: Path, caplog) -> None:

@@ -63,11 +63,10 @@ class Manifests:
         if attempt not in self._noted:
             path = names.manifest_path(self._name, attempt)
             try:
-                data = bytes(await self._backend.read(path))
+                data = await catalog.read_record(self._backend, path)
+                manifest = decode_manifest(data, path)
             except NotFound:
                 return None
-            try:
-                manifest = decode_manifest(data, path)
             except CorruptCheckpoint as error:
                 raise self.blocked(attempt, str(error)) from error
             except NewerFormat as error:

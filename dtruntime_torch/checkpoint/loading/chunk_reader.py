@@ -7,8 +7,9 @@ of any size takes the memory of two.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import TypeVar
 
 from typing_extensions import Buffer
 
@@ -24,9 +25,13 @@ from dtruntime_torch.checkpoint.loading.read_requests import (
 from dtruntime_torch.checkpoint.specs import DIGEST_BYTES, digest_length
 from dtruntime_torch.errors import Damage, NotFound, StorageError
 from dtruntime_torch.storage.backend import StorageBackend
+from dtruntime_torch.storage.rereads import UNREADABLE, is_unreadable, reread
 from dtruntime_torch.storage.sync import in_thread
 
 REQUESTS_AT_A_TIME = 2
+MISSING = "missing"
+
+R = TypeVar("R")
 
 
 async def check_entries(
@@ -46,7 +51,8 @@ async def check_entries(
         on_bytes: called with the number of bytes of tensors that were just checked.
 
     Returns:
-        All damage, by file and position; a file that is missing or has another length is damage too.
+        All damage, by file and position; a file that is missing or has another length is damage too, and so is what
+        the device cannot read.
 
     Raises:
         StorageError: the storage failed otherwise; nothing is known of the bytes.
@@ -82,6 +88,7 @@ class _Reader:
         self._part = part
         self._on_bytes = on_bytes or (lambda _: None)
         self._gate = asyncio.Semaphore(REQUESTS_AT_A_TIME)
+        self._unreadable: set[str] = set()  # files on which patience was spent already
 
     async def read_files(self, pieces: Mapping[int, Sequence[Piece]]) -> list[Damage]:
         damage: list[Damage] = []
@@ -92,9 +99,9 @@ class _Reader:
     async def _read_file(self, file: int, pieces: Sequence[Piece]) -> list[Damage]:
         known = self._part.files[file]
         size = await self._size(known)
-        if size is None:
+        if isinstance(size, str):
             self._on_bytes(sum(piece.length for piece in pieces))
-            return [Damage(self._path(known), None, 0, known.length, f"{known.length} bytes", "missing")]
+            return [Damage(self._path(known), None, 0, known.length, f"{known.length} bytes", size)]
         there, lost = split_at(pieces, size, self._part.chunk_bytes)
         damage = self._check_length(known, size) + self._lose(known, lost)
         if known.header_length <= size:
@@ -104,11 +111,39 @@ class _Reader:
         return sorted(damage, key=lambda found: (found.start, found.stop))
 
     async def _serve(self, request: Request) -> list[Damage]:
+        damage = await self._check_request(request)
+        if damage is None:
+            return [found for chunk in self._chunks(request) for found in await self._serve_chunk(chunk)]
+        return damage
+
+    async def _serve_chunk(self, chunk: Request) -> list[Damage]:
+        """Of what cannot be read together, each chunk that cannot be read alone is damaged."""
+        damage = await self._check_request(chunk)
+        if damage is not None:
+            return damage
+        self._on_bytes(chunk.length)
+        (piece,) = chunk.pieces
+        tensor = self._part.tensors[piece.entry]
+        first = piece.start // self._part.chunk_bytes * DIGEST_BYTES
+        expected = tensor.digests[first : first + DIGEST_BYTES].hex()
+        path, stop = self._path(self._part.files[chunk.file]), chunk.offset + chunk.length
+        return [Damage(path, tensor.fqn, chunk.offset, stop, expected, UNREADABLE)]
+
+    def _chunks(self, request: Request) -> Iterator[Request]:
+        chunk_bytes = self._part.chunk_bytes
+        for piece in request.pieces:
+            for at in range(0, piece.length, chunk_bytes):
+                length = min(chunk_bytes, piece.length - at)
+                chunk = Piece(piece.entry, piece.offset + at, length, piece.start + at)
+                yield Request(request.file, chunk.offset, length, (chunk,))
+
+    async def _check_request(self, request: Request) -> list[Damage] | None:
+        """Its damage; None if the device cannot read it."""
         known = self._part.files[request.file]
         async with self._gate:
             data = await self._read_range(known, request.offset, request.length)
-            if data is None:
-                return self._lose(known, request.pieces)
+            if isinstance(data, str):
+                return None if data == UNREADABLE else self._lose(known, request.pieces)
             damage = await in_thread(partial(self._check, request, memoryview(data).cast("B")))
         self._on_bytes(sum(piece.length for piece in request.pieces))
         return damage
@@ -146,7 +181,7 @@ class _Reader:
 
     async def _check_header(self, known: FileRef) -> list[Damage]:
         header = await self._read_range(known, 0, known.header_length)
-        found = "missing" if header is None else _C.digest(header, known.header_length).hex()
+        found = header if isinstance(header, str) else _C.digest(header, known.header_length).hex()
         if found == known.header_digest.hex():
             return []
         return [Damage(self._path(known), None, 0, known.header_length, known.header_digest.hex(), found)]
@@ -161,29 +196,49 @@ class _Reader:
                 piece.offset,
                 piece.offset + piece.length,
                 f"{piece.length} bytes",
-                "missing",
+                MISSING,
             )
             for piece in pieces
         ]
 
-    async def _read_range(self, known: FileRef, offset: int, length: int) -> Buffer | None:
-        """The bytes; None where the file lost them since its length was looked at."""
+    async def _read_range(self, known: FileRef, offset: int, length: int) -> Buffer | str:
+        """The bytes, or why there are none: the file lost them since its length was looked at, or is unreadable."""
         try:
-            data = await self._backend.read_range(self._path(known), offset, length)
-            return data if memoryview(data).nbytes == length else None
+            data = await self._patiently(
+                known, lambda: self._backend.read_range(self._path(known), offset, length)
+            )
+            return data if memoryview(data).nbytes == length else MISSING
         except NotFound:
-            return None
-        except StorageError:
+            return MISSING
+        except StorageError as error:
+            if is_unreadable(error):
+                return UNREADABLE
             size = await self._size(known)
-            if size is None or size < offset + length:
-                return None
+            if isinstance(size, str) or size < offset + length:
+                return MISSING
             raise
 
-    async def _size(self, known: FileRef) -> int | None:
+    async def _size(self, known: FileRef) -> int | str:
+        """The length of a file, or why it has none."""
         try:
-            return await self._backend.size(self._path(known))
+            return await self._patiently(known, lambda: self._backend.size(self._path(known)))
         except NotFound:
-            return None
+            return MISSING
+        except StorageError as error:
+            if is_unreadable(error):
+                return UNREADABLE
+            raise
+
+    async def _patiently(self, known: FileRef, read: Callable[[], Awaitable[R]]) -> R:
+        """Reads; on each file patience is spent once, for a device that has died would ask for it at every read."""
+        if known.path in self._unreadable:
+            return await read()
+        try:
+            return await reread(read)
+        except StorageError as error:
+            if is_unreadable(error):
+                self._unreadable.add(known.path)
+            raise
 
     def _path(self, known: FileRef) -> str:
         return f"{self._name}/{known.path}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -19,6 +20,7 @@ from dtruntime_torch.checkpoint.loading.share_reader import Suspects, changed_ch
 from dtruntime_torch.checkpoint.specs import LoadPlan, ReadItem, digest_length
 from dtruntime_torch.errors import Damage, StorageError
 from dtruntime_torch.storage.backend import ReadsChunks, StorageBackend
+from dtruntime_torch.storage.rereads import reread
 
 # Bytes of a call: enough to keep all threads busy, and soon over when a load is given up.
 CALL_BYTES = 256 << 20
@@ -140,9 +142,14 @@ class _HomeReader:
         self.runs += [run for run, _ in placed]
         for (path, chunk_bytes), alike in itertools.groupby(placed, key=self._file_of):
             pairs = list(alike)
+            if path in self.suspects:
+                continue  # it will be gone over once more
             offsets, targets = [run.offset for run, _ in pairs], [memory for _, memory in pairs]
             try:
-                found = await self._reader.read_chunks(f"{self._name}/{path}", offsets, targets, chunk_bytes)
+                read = partial(
+                    self._reader.read_chunks, f"{self._name}/{path}", offsets, targets, chunk_bytes
+                )
+                found = await reread(read)
             except StorageError as error:
                 self.suspects.setdefault(path, error)
                 continue

@@ -1,17 +1,21 @@
 """Memory that the ranks of one node share, for the bytes that more than one of them needs.
 
 Each rank makes the memory of its own share under a name, all attach, and the names go at once: from then on the memory
-goes with the last who has it, whoever dies. Where shared memory is refused, or is too small, as /dev/shm often is in a
+goes with the last who has it, whoever dies. Who makes a name holds a lock on it; where all were killed before the names
+went, nobody holds them any more, and the next load that shares memory on this node removes them. Where shared memory is refused, or is too small, as /dev/shm often is in a
 container, the ranks of that node go on without.
 """
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import json
 import logging
 import os
+import re
 import socket
+import stat
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _FOLDER = "/dev/shm"
+_OURS = re.compile(r"dtruntime-[0-9a-f]{32}-.+")  # of the run ids of any incarnation
 
 
 @functools.cache
@@ -57,6 +62,8 @@ def share_memory(
     arenas: dict[int, _C.Arena] = {}
     try:
         with declining(barrier, f"{key}/made"):
+            if barrier.rank == min(ranks, default=-1):
+                remove_unheld(tag)
             refusal = _make(names, barrier.rank, nbytes, arenas) if ranks else ""
         refused = _gather(barrier, f"{key}/made", refusal)
         with declining(barrier, f"{key}/attached"):
@@ -69,7 +76,8 @@ def share_memory(
                 _C.Arena.attach(name).unlink()
         raise
     if barrier.rank in arenas:
-        arenas[barrier.rank].unlink()
+        with suppress(FileNotFoundError):  # somebody cleaned up here; who attached before has the memory
+            arenas[barrier.rank].unlink()
     reasons = {rank: reason for rank, reason in refused.items() if rank in names}
     if not reasons:
         return arenas
@@ -78,6 +86,44 @@ def share_memory(
             "no memory is shared by ranks %s, so that each reads for itself: %s", list(ranks), reasons
         )
     return None
+
+
+def remove_unheld(tag: str) -> None:
+    """Removes the names that loads left whose ranks were all killed, as far as that is allowed; never raises.
+
+    Args:
+        tag: begins names that stay: their makers may not hold them yet. A name of another load that is removed in that
+            moment costs it the sharing, and nothing else.
+    """
+    try:
+        listed = os.listdir(_FOLDER)
+    except OSError:
+        return
+    for name in listed:
+        if _OURS.fullmatch(name) and not name.startswith(f"{tag}-"):
+            with suppress(OSError):
+                _remove_if_unheld(f"{_FOLDER}/{name}")
+
+
+def _remove_if_unheld(path: str) -> None:
+    """Removes a regular file of this user on which nobody has a lock.
+
+    Raises:
+        OSError: it is held, is a link, has gone, or may not be opened.
+    """
+    # O_NONBLOCK: a pipe of that name must not make us wait.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode) or about.st_uid != os.geteuid():
+            return
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # A name is used once, so what it names now is what was locked, unless somebody else removed it meanwhile.
+        if os.path.samestat(about, os.lstat(path)):
+            os.unlink(path)
+            logger.info("removed %s, which a load left whose ranks were killed", path)
+    finally:
+        os.close(descriptor)
 
 
 def _make(names: Mapping[int, str], rank: int, nbytes: int, arenas: dict[int, _C.Arena]) -> str:

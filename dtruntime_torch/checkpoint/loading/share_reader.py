@@ -11,6 +11,7 @@ import itertools
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from dtruntime_torch import _C
 from dtruntime_torch.checkpoint.format.records import FileRef, Part
@@ -18,8 +19,9 @@ from dtruntime_torch.checkpoint.loading.chunk_needs import Run
 from dtruntime_torch.checkpoint.loading.chunk_reader import check_entries
 from dtruntime_torch.checkpoint.loading.placement import Fetch, Placement
 from dtruntime_torch.checkpoint.specs import DIGEST_BYTES, digest_length
-from dtruntime_torch.errors import Damage, NotFound, StorageError
+from dtruntime_torch.errors import Damage, StorageError
 from dtruntime_torch.storage.backend import StorageBackend
+from dtruntime_torch.storage.rereads import reread
 
 FETCHES_AT_A_TIME = 4
 
@@ -70,7 +72,7 @@ async def check_sizes(
     for path in dict.fromkeys(run.path for run in runs):
         try:
             size = await backend.size(f"{name}/{path}")
-        except NotFound as error:
+        except StorageError as error:
             suspects[path] = error
             continue
         if size != files[path].length:
@@ -113,7 +115,8 @@ async def read_into(backend: StorageBackend, place: str, offset: int, into: memo
     Raises:
         StorageError: it could not be read, or gave too little.
     """
-    got = memoryview(await backend.read_range(place, offset, into.nbytes, into=into)).nbytes
+    read = partial(backend.read_range, place, offset, into.nbytes, into=into)
+    got = memoryview(await reread(read)).nbytes
     if got != into.nbytes:
         raise StorageError(f"{place} gave {got} of {into.nbytes} bytes at {offset}")
 
@@ -202,6 +205,8 @@ class _ShareReader:
         return run
 
     async def _fetch(self, path: str, offset: int, into: memoryview) -> None:
+        if path in self.suspects:
+            return  # it will be gone over once more
         try:
             await read_into(self._backend, f"{self._name}/{path}", offset, into)
         except StorageError as error:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
+from functools import partial
 
 import torch
 
@@ -22,7 +24,9 @@ from dtruntime_torch.checkpoint.saving.lineage import Lineage
 from dtruntime_torch.checkpoint.saving.messages import Answer, Arrival
 from dtruntime_torch.errors import CommitConflict
 from dtruntime_torch.membership import Membership
+from dtruntime_torch.retry import RetryPolicy, Tries, retrying
 from dtruntime_torch.storage import StorageBackend, run_sync
+from dtruntime_torch.storage.sync import in_time
 
 
 class Leader:
@@ -35,6 +39,7 @@ class Leader:
         lineage: read for the generation and the parent; a generation that is claimed is noted there.
         policy: which checkpoints stay.
         delta: when to save in full; None: always.
+        retry: how often naming an attempt is tried, where storage fails.
     """
 
     def __init__(
@@ -45,6 +50,7 @@ class Leader:
         lineage: Lineage,
         policy: RetentionPolicy,
         delta: DeltaPolicy | None,
+        retry: RetryPolicy,
     ) -> None:
         self._backend = backend
         self._name = name
@@ -53,8 +59,11 @@ class Leader:
         self._cleaner = Cleaner(backend, name, policy)
         self._delta = delta
         self._tries: Counter[CommitKey] = Counter()
-        # Seconds for one of the things for which the others wait.
+        # Seconds for one of the things for which the others wait: altogether less than they do.
         self._share = members.barrier.timeout / 4
+        self._patience = commit.Patience(seconds=min(60.0, self._share), call_seconds=min(30.0, self._share))
+        longest = self._share if retry.deadline is None else min(self._share, retry.deadline)
+        self._retry = replace(retry, deadline=longest)
 
     def clean_up(self) -> None:
         """Finishes deletes that are left over, and once sweeps what older generations left."""
@@ -70,22 +79,29 @@ class Leader:
 
         Raises:
             CommitConflict: the line is not the newest, or somebody else has replaced this job.
+            StorageError: the storage failed, as often as the policy lets it.
         """
-        lineage, name = self._lineage, self._name
+        return run_sync(retrying(self._retry, partial(self._name_in_time, step)))
+
+    async def _name_in_time(self, step: int) -> Attempt:
+        # Twice what a claim is asked for at most, and with all tries less than the others wait.
+        return await in_time(self._name_attempt(step), 2 * self._share, f"step {step} could not be begun")
+
+    async def _name_attempt(self, step: int) -> Attempt:
+        backend, lineage, name = self._backend, self._lineage, self._name
         if lineage.generation is None:
-            lineage.generation = run_sync(
-                commit.claim_generation(
-                    self._backend, name, self._members.run_id, lineage.seen, lineage.loaded, step
-                )
+            run_id, seen, loaded = self._members.run_id, lineage.seen, lineage.loaded
+            lineage.generation = await commit.claim_generation(
+                backend, name, run_id, seen, loaded, step, self._patience
             )
         else:
-            run_sync(commit.check_not_replaced(self._backend, name, lineage.generation))
+            await commit.check_not_replaced(backend, name, lineage.generation)
         key = CommitKey(lineage.generation, step)
         # Steps that are decided are not saved again in this generation.
         undecided = (tried for tried in self._tries if tried > CommitKey(key.generation, lineage.last_step))
         self._tries = Counter({tried: self._tries[tried] for tried in undecided})
         # Not into what another run left where this one writes: stock readers take all that lies in a folder.
-        last = max(self._tries[key], run_sync(catalog.last_try(self._backend, name, key)))
+        last = max(self._tries[key], await catalog.last_try(backend, name, key))
         self._tries[key] = last + 1
         return Attempt(*key, self._tries[key])
 
@@ -95,7 +111,7 @@ class Leader:
         delta: bool,
         metadata: Json,
         arrivals: Sequence[Arrival],
-        delays: Iterator[float],
+        tries: Tries,
     ) -> Answer:
         """Commits if every rank made its part durable. Called once for each try, when all have arrived.
 
@@ -104,27 +120,27 @@ class Leader:
             delta: they were to be deltas.
             metadata: the user's.
             arrivals: in the order of ranks.
-            delays: the pauses before further tries.
+            tries: this one and those before it.
         """
         failures = [f"rank {rank}: {one.error}" for rank, one in enumerate(arrivals) if one.error]
         if failures:
             passing = all(one.passing for one in arrivals if one.error)
             message = f"the save of step {attempt.step} was given up: {'; '.join(failures)}"
-            return self._after_abort(attempt, delta, message, delays if passing else iter(()))
+            if not passing:
+                return Answer("aborted", message, delete=True)
+            return self._after_abort(attempt, delta, message, tries)
         if len({one.base for one in arrivals}) > 1:
             return self._again(attempt, "the ranks do not know the same last checkpoint", delete=True)
         base = self._lineage.base if arrivals[0].base is not None else None
         manifest = self._manifest(attempt, metadata, arrivals, base)
-        # Altogether less than the others wait for the answer.
-        patience = commit.Patience(seconds=min(60.0, self._share), call_seconds=min(30.0, self._share))
         parent = None if base is None else base.commit
-        outcome = run_sync(commit.commit(self._backend, manifest, patience, parent))
+        outcome = run_sync(commit.commit(self._backend, manifest, self._patience, parent))
         if outcome.kind == "committed":
             run_sync(self._cleaner.after_commit(attempt.key, outcome.answered, self._share))
         elif outcome.kind != "unknown":
             self._give_up(attempt)
         if outcome.kind == "aborted":
-            return self._after_abort(attempt, delta, outcome.message, delays)
+            return self._after_abort(attempt, delta, outcome.message, tries)
         if outcome.kind == "stale":
             return self._again(attempt, outcome.message, delete=False)
         info = CheckpointInfo.of(manifest, outcome.manifest_sha256)
@@ -161,11 +177,11 @@ class Leader:
         deltas = self._lineage.deltas_with(manifest.full)
         return self._delta is None or self._delta.asks_for_full(changed, manifest.nbytes, files, used, deltas)
 
-    def _after_abort(self, attempt: Attempt, delta: bool, message: str, delays: Iterator[float]) -> Answer:
+    def _after_abort(self, attempt: Attempt, delta: bool, message: str, tries: Tries) -> Answer:
         """Another try if the policy allows one. It writes no more than this one: the disk may be full."""
-        delay = next(delays, None)
+        delay = tries.next_pause()
         if delay is None:
-            return Answer("aborted", message, delete=True)
+            return Answer("aborted", tries.tell(message), delete=True)
         return self._again(attempt, message, delete=True, full=not delta, delay=delay)
 
     def _again(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from dtruntime_torch import errors
@@ -35,7 +35,7 @@ from dtruntime_torch.errors import (
     StoreUnreachable,
 )
 from dtruntime_torch.membership import Membership
-from dtruntime_torch.retry import RetryPolicy
+from dtruntime_torch.retry import RetryPolicy, Tries, may_pass
 from dtruntime_torch.storage import StorageBackend, run_sync
 
 logger = logging.getLogger(__name__)
@@ -87,9 +87,9 @@ class Publisher:
         self._name = name
         self._members = members
         self._lineage = lineage
-        self._leader = Leader(backend, name, members, lineage, policy, delta)
-        self._delta = delta
         self._retry = RetryPolicy(attempts=1) if retry is None else retry
+        self._leader = Leader(backend, name, members, lineage, policy, delta, self._retry)
+        self._delta = delta
         self._leftovers: list[Attempt] = []
 
     def open(self, key: str, step: int) -> Attempt:
@@ -150,7 +150,7 @@ class Publisher:
         """
         self._clean_up()
         key, attempt, delta = snapshot.key, snapshot.attempt, snapshot.delta
-        delays = self._retry.delays()
+        tries = Tries(self._retry)
         while True:
             try:
                 attempt = attempt or self.open(key, snapshot.step)
@@ -158,7 +158,7 @@ class Publisher:
             except BaseException as error:
                 self.decline(key, error)
                 raise
-            answer = self._meet(key, snapshot, tried, delays)
+            answer = self._meet(key, snapshot, tried, tries)
             if answer.delete:
                 self._give_back(attempt)
             if answer.kind != "again" or answer.attempt is None:
@@ -174,10 +174,7 @@ class Publisher:
         try:
             part, arrival = self._write_part(snapshot, attempt, delta)
         except Exception as error:
-            # What the system refuses may pass, as a full disk does.
-            return Try(
-                attempt, delta, Arrival.failed(error, passing=isinstance(error, OSError)), failure=error
-            )
+            return Try(attempt, delta, Arrival.failed(error, passing=may_pass(error)), failure=error)
         finally:
             snapshot.metrics.writing_seconds += time.perf_counter() - began
         return Try(attempt, delta, arrival, part)
@@ -218,13 +215,13 @@ class Publisher:
         )
         return shard.part, arrival
 
-    def _meet(self, key: str, snapshot: Snapshot, tried: Try, delays: Iterator[float]) -> Answer:
+    def _meet(self, key: str, snapshot: Snapshot, tried: Try, tries: Tries) -> Answer:
         """Arrives, and learns from the leader how this try went."""
 
         def act(values: Sequence[bytes]) -> bytes:
             arrivals = [Arrival.decode(value) for value in values]
             return self._leader.decide(
-                tried.attempt, tried.delta, snapshot.metadata, arrivals, delays
+                tried.attempt, tried.delta, snapshot.metadata, arrivals, tries
             ).encode()
 
         began = time.perf_counter()
