@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "checkpoint.staging.copy_plan checkpoint.saving.layout checkpoint.objects checkpoint.saving.save_plan testing testing.*",
         "checkpoint.format.records checkpoint.format.strict_json",
         "checkpoint.arguments checkpoint.saving.delta checkpoint.format.checks checkpoint.loading.load_plan checkpoint.format.part_json checkpoint.loading.read_requests checkpoint.cleaning.retention",
-        "checkpoint.format.manifest_json checkpoint.saving.lineage",
+        "checkpoint.format.manifest_json checkpoint.saving.lineage checkpoint.saving.policies",
         "checkpoint.loading.chunk_needs checkpoint.manifest",
         "checkpoint.info checkpoint.loading.load_verdicts checkpoint.loading.node_shares checkpoint.loading.placement",
         "checkpoint.saving.messages",
