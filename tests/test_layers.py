@@ -49,7 +49,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "checkpoint.loading.assembly checkpoint.staging.chunk_table checkpoint.commit checkpoint.diff checkpoint.cleaning.prune_plan checkpoint.saving.shard_file checkpoint.verify",
-        "checkpoint.loading.contents checkpoint.staging.device checkpoint.cleaning.prune checkpoint.cleaning.sweep",
+        "checkpoint.loading.contents checkpoint.staging.device checkpoint.cleaning.removal_kinds",
         "checkpoint.cleaning.removals checkpoint.staging.sources",
         "checkpoint.cleaning.cleaner checkpoint.staging.device_work",
         "checkpoint.staging.device_changes checkpoint.staging.device_copies",
