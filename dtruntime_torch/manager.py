@@ -18,10 +18,11 @@ from dtruntime_torch.checkpoint.cleaning.retention import KeepBest, RetentionPol
 from dtruntime_torch.checkpoint.info import CheckpointInfo, LoadedCheckpoint
 from dtruntime_torch.checkpoint.names import CommitKey, check_name
 from dtruntime_torch.checkpoint.objects import Json
-from dtruntime_torch.checkpoint.save import OnFailure, Saver
+from dtruntime_torch.checkpoint.save import Saver
 from dtruntime_torch.checkpoint.saving.delta import DeltaPolicy
 from dtruntime_torch.checkpoint.saving.handle import SaveHandle
 from dtruntime_torch.checkpoint.saving.lineage import Lineage
+from dtruntime_torch.checkpoint.saving.policies import ONCE, OnFailure, SavePolicies
 from dtruntime_torch.checkpoint.verify import VerifyReport, find_commit, verify
 from dtruntime_torch.counts import check_count, check_number
 from dtruntime_torch.errors import CorruptCheckpoint, InvalidArgument, NewerFormat
@@ -93,7 +94,7 @@ class CheckpointManager:
             raise InvalidArgument(
                 f"timeout is {timeout}; it is a positive number of seconds, and a finite one"
             )
-        policy = RetentionPolicy(keep_last_n, keep_every_n_steps, keep_best, check_pinned(pinned_steps))
+        retention = RetentionPolicy(keep_last_n, keep_every_n_steps, keep_best, check_pinned(pinned_steps))
         if on_failure not in get_args(OnFailure):
             raise InvalidArgument(f'on_failure is {on_failure!r}; it is "warn" or "raise"')
         self.name = name
@@ -105,9 +106,8 @@ class CheckpointManager:
         if not (retry is None or isinstance(retry, RetryPolicy)):
             raise InvalidArgument(f"retry is {retry!r}; give a RetryPolicy or None")
         deltas = (DeltaPolicy() if delta else None) if isinstance(delta, bool) else delta
-        self._saver = Saver(
-            self._backend, name, self._members, self._lineage, chunk_bytes, policy, deltas, retry, on_failure
-        )
+        policies = SavePolicies(chunk_bytes, retention, deltas, retry or ONCE, on_failure)
+        self._saver = Saver(self._backend, name, self._members, self._lineage, policies)
         self._loads = 0
         self._closed = False
         self._process = os.getpid()

@@ -128,8 +128,19 @@ def test_metrics_have_names_of_their_own():
     assert sorted(set(names)) == sorted(names)
 
 
+# What a benchmark measures is large because caches are; that its cases run shows with less. The processes that
+# bench_load starts have sizes of their own.
+SMALL = {
+    "benchmarks.bench_delta": {"TENSORS": 8, "NBYTES": 8 << 20},
+    "benchmarks.bench_file_io": {"NBYTES": 8 << 20, "WHOLE": [(0, 0, 8 << 20)]},
+}
+
+
 @pytest.mark.slow
-def test_the_smallest_case_of_each_benchmark_runs():
-    for name in modules():
-        smallest = min(importlib.import_module(name).cases(), key=lambda case: case.nbytes)
-        assert measure(smallest, repetitions=1)["ratio"] > 0
+@pytest.mark.parametrize("name", modules())
+def test_the_smallest_case_of_each_benchmark_runs(monkeypatch, name):
+    module = importlib.import_module(name)
+    for constant, value in SMALL.get(name, {}).items():
+        monkeypatch.setattr(module, constant, value)
+    smallest = min(module.cases(), key=lambda case: case.nbytes)
+    assert measure(smallest, repetitions=1)["ratio"] > 0

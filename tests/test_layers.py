@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "checkpoint.staging.copy_plan checkpoint.saving.layout checkpoint.objects checkpoint.saving.save_plan testing testing.*",
         "checkpoint.format.records checkpoint.format.strict_json",
         "checkpoint.saving.delta checkpoint.format.checks checkpoint.format.metadata_json checkpoint.loading.load_plan checkpoint.format.part_json checkpoint.loading.read_requests checkpoint.cleaning.retention",
-        "checkpoint.arguments checkpoint.format.manifest_json checkpoint.saving.lineage",
+        "checkpoint.arguments checkpoint.format.manifest_json checkpoint.saving.lineage checkpoint.saving.policies",
         "checkpoint.loading.chunk_needs checkpoint.manifest",
         "checkpoint.info checkpoint.loading.landings checkpoint.loading.load_verdicts checkpoint.loading.node_shares checkpoint.loading.placement",
         "checkpoint.saving.messages",
@@ -50,7 +50,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "checkpoint.loading.assembly checkpoint.staging.chunk_table checkpoint.commit checkpoint.diff checkpoint.cleaning.prune_plan checkpoint.saving.shard_file checkpoint.verify",
-        "checkpoint.loading.home_reader checkpoint.staging.device checkpoint.cleaning.prune checkpoint.cleaning.sweep",
+        "checkpoint.loading.home_reader checkpoint.staging.device checkpoint.cleaning.removal_kinds",
         "checkpoint.cleaning.removals checkpoint.loading.contents checkpoint.staging.sources",
         "checkpoint.cleaning.cleaner checkpoint.staging.device_work",
         "checkpoint.staging.device_changes checkpoint.staging.device_copies",

@@ -15,23 +15,21 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Literal
 
 from dtruntime_torch import _C
 from dtruntime_torch.checkpoint.arguments import check_metadata, check_step
 from dtruntime_torch.checkpoint.cleaning.prune_plan import PruneReport
-from dtruntime_torch.checkpoint.cleaning.retention import KEEP_ALL, RetentionPolicy
 from dtruntime_torch.checkpoint.flatten import FlatState, flatten_state
 from dtruntime_torch.checkpoint.info import CheckpointInfo
 from dtruntime_torch.checkpoint.locks import held
 from dtruntime_torch.checkpoint.objects import Json
 from dtruntime_torch.checkpoint.saving import groups
-from dtruntime_torch.checkpoint.saving.delta import DeltaPolicy
 from dtruntime_torch.checkpoint.saving.groups import Groups
 from dtruntime_torch.checkpoint.saving.handle import SaveHandle, SaveMetrics
 from dtruntime_torch.checkpoint.saving.health import Health
 from dtruntime_torch.checkpoint.saving.layout import Layout, make_layout
 from dtruntime_torch.checkpoint.saving.lineage import Lineage
+from dtruntime_torch.checkpoint.saving.policies import SavePolicies
 from dtruntime_torch.checkpoint.saving.publish import Publisher
 from dtruntime_torch.checkpoint.saving.save_plan import make_save_plan
 from dtruntime_torch.checkpoint.saving.snapshot import Snapshot
@@ -40,12 +38,9 @@ from dtruntime_torch.checkpoint.staging.stager import Stager
 from dtruntime_torch.checkpoint.staging.staging import make_room, stage
 from dtruntime_torch.errors import BarrierTimeout, CommitConflict, InvalidArgument, UnsupportedType
 from dtruntime_torch.membership import Membership
-from dtruntime_torch.retry import RetryPolicy
 from dtruntime_torch.storage import StorageBackend
 
 logger = logging.getLogger(__name__)
-
-OnFailure = Literal["warn", "raise"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +61,7 @@ class Saver:
         name: under which name.
         members: the ranks that save together.
         lineage: where this manager stands.
-        chunk_bytes: bytes of a chunk.
-        policy: which checkpoints stay.
-        delta: when to save in full; None: always.
-        retry: how often a save that storage failed is tried; None: once.
-        on_failure: what becomes, at the next save, of a failure that nobody was told of.
+        policies: what the user chose.
 
     Attributes:
         health: how the saves have gone.
@@ -82,19 +73,14 @@ class Saver:
         name: str,
         members: Membership,
         lineage: Lineage,
-        chunk_bytes: int,
-        policy: RetentionPolicy = KEEP_ALL,
-        delta: DeltaPolicy | None = None,
-        retry: RetryPolicy | None = None,
-        on_failure: OnFailure = "warn",
+        policies: SavePolicies,
     ) -> None:
         self.health = Health()
-        self._on_failure = on_failure
+        self._policies = policies
         self._members = members
         self._lineage = lineage
-        self._chunk_bytes = chunk_bytes
-        self._publisher = Publisher(backend, name, members, lineage, policy, delta, retry)
-        self._stager = Stager(_C.Arena(0), chunk_bytes)
+        self._publisher = Publisher(backend, name, members, lineage, policies)
+        self._stager = Stager(_C.Arena(0), policies.chunk_bytes)
         self._structure: Structure | None = None
         self._sequence = 0
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dtruntime-save")
@@ -158,7 +144,7 @@ class Saver:
         with self._alone():
             self.wait()
             self._executor.shutdown()
-            self._stager = Stager(_C.Arena(0), self._chunk_bytes)
+            self._stager = Stager(_C.Arena(0), self._policies.chunk_bytes)
             handle, self._handle = self._handle, None
             failure = handle.unseen_failure() if handle is not None else None
             if failure is not None:
@@ -228,7 +214,7 @@ class Saver:
             layout=layout,
             image=memoryview(self._stager.arena)[: layout.length],
             digests=digests,
-            chunk_bytes=self._chunk_bytes,
+            chunk_bytes=self._policies.chunk_bytes,
             values={spec.fqn: flat.values[spec.fqn] for spec in structure.plan.objects},
             metadata=metadata,
             metrics=metrics,
@@ -251,7 +237,7 @@ class Saver:
         rank, world_size = self._members.rank, self._members.world_size
         plan = make_save_plan(rank, world_size, flat.specs, learnt.specs, learnt.members)
         layout = make_layout(plan)
-        self._stager = Stager(make_room(self._stager.arena, layout.length), self._chunk_bytes)
+        self._stager = Stager(make_room(self._stager.arena, layout.length), self._policies.chunk_bytes)
         self._structure = Structure(flat.specs, learnt, plan, layout)
         return self._structure
 
@@ -288,7 +274,7 @@ class Saver:
         if isinstance(failure, CommitConflict):
             # It will not get better: this job was replaced, and what it goes on to do would be lost.
             raise failure
-        if failure is not None and self._handle is not None and self._on_failure == "raise":
+        if failure is not None and self._handle is not None and self._policies.on_failure == "raise":
             self._handle.mark_seen()
             raise failure
         if failure is not None:

@@ -78,6 +78,11 @@ def commit_path(generation: int, step: int) -> str:
     return names.commit_path(NAME, CommitKey(generation, step))
 
 
+# What the tests of one commit make.
+MANIFEST = manifest_of(7, 100)
+COMMIT = commit_path(7, 100)
+
+
 def generation_path(generation: int) -> str:
     return names.generation_path(NAME, generation)
 

@@ -66,7 +66,7 @@ class World:
             self._backends,
             chunk_bytes=self._chunk_bytes,
             delta=dt.DeltaPolicy(max_changed=0.7, max_files=4),
-            policy=RetentionPolicy(keep_last_n=self._keep),
+            retention=RetentionPolicy(keep_last_n=self._keep),
         )
         # Each tensor is held by some of the ranks.
         self._holders = {

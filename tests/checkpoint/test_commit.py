@@ -22,6 +22,8 @@ from dtruntime_torch.testing.faulty_backend import (
     not_done,
 )
 from tests.checkpoint.commits import (
+    COMMIT,
+    MANIFEST,
     NAME,
     also,
     commit_path,
@@ -32,8 +34,6 @@ from tests.checkpoint.commits import (
     void,
 )
 
-MANIFEST = manifest_of(7, 100)
-COMMIT = commit_path(7, 100)
 INTENT = manifest_path(MANIFEST)
 
 
@@ -69,6 +69,16 @@ def test_a_whole_save_writes_the_parts_first_then_the_manifest_then_the_commit(b
         ("write", f"{info.path}/manifest.json"),
         ("create", commit_path(1, 5)),
     ]
+
+
+def test_a_later_save_asks_storage_for_two_listings_and_nothing_else(backend):
+    """Whether somebody has replaced this job, and whether others have put files where it is about to write."""
+    with dt.CheckpointManager(backend, NAME, keep_last_n=None) as manager:
+        manager.save({"w": torch.ones(3)}, 5)
+        since = len(backend.calls)
+        info = manager.save({"w": torch.ones(3)}, 6)
+    asked = [call for call in backend.calls[since:] if call[0] not in ("write", "create")]
+    assert asked == [("list", f"{NAME}/generations/"), ("list", f"{info.path.rpartition('/')[0]}/")]
 
 
 def test_a_commit_names_its_attempt_and_the_digest_of_its_manifest(backend, time):

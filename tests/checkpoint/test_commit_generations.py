@@ -22,19 +22,17 @@ from dtruntime_torch.testing.faulty_backend import (
     not_done,
 )
 from tests.checkpoint.commits import (
+    COMMIT,
+    MANIFEST,
     NAME,
     also,
     claimed_by,
-    commit_path,
     creates,
     generation_path,
     manifest_of,
     run_id,
     void,
 )
-
-MANIFEST = manifest_of(7, 100)
-COMMIT = commit_path(7, 100)
 
 
 def claim_now(backend, time, number=1, seen=None, loaded=False, step=100, seconds=60.0):

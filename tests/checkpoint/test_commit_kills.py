@@ -79,11 +79,16 @@ def calls_of(life: Life, steps: tuple[int, ...]) -> int:
     return len(backend.calls)
 
 
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def deaths(life: Life, steps: tuple[int, ...], every: int = 1) -> list[tuple[int, bool]]:
+    """Before each call and after the last: a rank has one call at a time, so after one is before the next."""
+    calls = calls_of(life, steps)
+    return [*((at, False) for at in range(1, calls + 1, every)), (calls, True)]
+
+
 @pytest.mark.parametrize("name", LIVES)
-def test_a_leader_that_dies_at_any_call_loses_nothing_and_the_next_job_saves(name, after):
+def test_a_leader_that_dies_at_any_call_loses_nothing_and_the_next_job_saves(name):
     life, steps = LIVES[name]
-    for at in range(1, calls_of(life, steps) + 1):
+    for at, after in deaths(life, steps):
         inner = world_before(steps)
         assert live_and_die(life, Mortal(inner, at, after)), f"it lived beyond call {at}"
         found = check_sound(inner)
@@ -98,10 +103,9 @@ def test_a_leader_that_dies_at_any_call_loses_nothing_and_the_next_job_saves(nam
         assert check_sound(inner)[-1] == 9
 
 
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_what_a_dead_leader_left_is_gone_after_the_next_jobs_save(after):
+def test_what_a_dead_leader_left_is_gone_after_the_next_jobs_save():
     life, steps = LIVES["deltas, retention and a prune"]
-    for at in range(1, calls_of(life, steps) + 1, 3):
+    for at, after in deaths(life, steps, every=2):
         inner = world_before(steps)
         live_and_die(life, Mortal(inner, at, after))
         with dt.CheckpointManager(inner, chunk_bytes=CHUNK, keep_last_n=1) as manager:

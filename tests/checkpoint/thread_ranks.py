@@ -12,6 +12,7 @@ from dtruntime_torch.checkpoint import restore
 from dtruntime_torch.checkpoint.info import CheckpointInfo, LoadedCheckpoint
 from dtruntime_torch.checkpoint.save import Saver
 from dtruntime_torch.checkpoint.saving.lineage import Lineage
+from dtruntime_torch.checkpoint.saving.policies import SavePolicies
 from dtruntime_torch.membership import Membership
 from dtruntime_torch.storage import StorageBackend
 
@@ -35,9 +36,8 @@ class Rank:
         self.backend = backend
         self.members = Membership(barrier, rank, ranks, RUN_ID)
         self.lineage = Lineage()
-        self.saver = Saver(
-            backend, "model", self.members, self.lineage, chunk_bytes, **policies  # type: ignore[arg-type]
-        )
+        chosen = SavePolicies(chunk_bytes, **policies)  # type: ignore[arg-type]
+        self.saver = Saver(backend, "model", self.members, self.lineage, chosen)
         self.loads = 0
 
     def save(self, state: object, step: object, metadata: object = None) -> CheckpointInfo:
@@ -68,7 +68,7 @@ def make_ranks(
         ranks: how many.
         backends: one for all, or one for each.
         timeout: of their barriers.
-        policies: of their savers: `chunk_bytes`, `delta`, `policy`, `retry`.
+        policies: of their savers: those of `SavePolicies`.
     """
     store = HashStore()
     each = backends if isinstance(backends, Sequence) else [backends] * ranks

@@ -23,8 +23,7 @@ MODULES = (
     "cleaning.look",
     "cleaning.stock",
     "cleaning.prune_plan",
-    "cleaning.prune",
-    "cleaning.sweep",
+    "cleaning.removal_kinds",
     "cleaning.removals",
     "cleaning.cleaner",
 )
@@ -89,15 +88,15 @@ WITHOUT: dict[str, dict[str, list[tuple[str, str]]]] = {
             ),
         ],
     },
-    "void": {"prune": [("        if self.removable:", "        if True:")]},
+    "void": {"removal_kinds": [("        if self.removable:", "        if True:")]},
     "fence": {
-        "sweep": [
+        "removal_kinds": [
             (
-                "there = await forbid(backend, self.name, self.attempt.key, patience)",
-                "there = await _find(backend, self.name, self.attempt.key)",
+                "        there = await forbid(backend, self.name, self.attempt.key, patience)\n        if there",
+                "        there = await _find(backend, self.name, self.attempt.key)\n        if there",
             ),
             (
-                "async def delete_files(",
+                "async def write_void(",
                 "async def _find(backend, name, key):\n"
                 "    from dtruntime_torch.checkpoint import catalog, manifest\n"
                 "    from dtruntime_torch.errors import NotFound\n"
@@ -105,7 +104,7 @@ WITHOUT: dict[str, dict[str, list[tuple[str, str]]]] = {
                 "        return await catalog.read_commit(backend, name, key)\n"
                 "    except NotFound:\n"
                 '        return manifest.Commit(name, *key, "", "", void=True)\n\n\n'
-                "async def delete_files(",
+                "async def write_void(",
             ),
         ]
     },

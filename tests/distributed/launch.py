@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 SCENARIOS = Path(__file__).with_name("scenarios.py")
@@ -33,6 +35,13 @@ def torchrun(
     )
     assert done.returncode == 0, done.stdout[-8000:]
     return done.stdout
+
+
+def in_turn(scenarios: Sequence[str], folder: Path, ranks: int, *, program: Path = SCENARIOS) -> None:
+    """Runs several in one start; `check_outcome` tells of each how it ended."""
+    # A rank that fails says so in its file, and takes the others down with it.
+    with contextlib.suppress(AssertionError):
+        torchrun(",".join(scenarios), folder, ranks, program=program)
 
 
 def separately(

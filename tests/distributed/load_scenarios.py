@@ -8,15 +8,15 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
 import dtruntime_torch as dt
@@ -24,6 +24,8 @@ from dtruntime_torch.checkpoint.loading import node_memory, placement
 from dtruntime_torch.checkpoint.state.local_shard import local_part
 from dtruntime_torch.errors import BarrierTimeout
 from dtruntime_torch.storage import LocalBackend
+from tests.distributed.in_turn import GROUPS, MESHES, main
+from tests.distributed.ownership import assert_same, gathered
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 CHUNK = 4096
@@ -58,47 +60,63 @@ def whole_state() -> State:
     return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
-def cut(state: State, placements: Sequence[Placement], sizes: Sequence[int]) -> State:
+def cut(state: State, placements: Sequence[Placement], sizes: tuple[int, ...]) -> State:
     """The same on a mesh; what has too few dimensions is replicated."""
-    mesh = init_device_mesh("cpu", tuple(sizes))
 
     def fits(tensor: torch.Tensor) -> list[Placement]:
         return [p if not isinstance(p, Shard) or p.dim < tensor.dim() else Replicate() for p in placements]
 
-    return {name: distribute_tensor(tensor, mesh, fits(tensor)) for name, tensor in state.items()}
+    return {name: distribute_tensor(tensor, MESHES[sizes], fits(tensor)) for name, tensor in state.items()}
 
 
-def cut_as(kind: str, state: State) -> State:
+def cut_as(kind: str, state: State, ranks: int) -> State:
     """rows: FSDP2. hybrid: HSDP. columns: tensor parallel. both: tensor parallel and FSDP2. plain: DDP."""
     if kind == "plain":
         return state
     if kind in ("rows", "columns"):
-        return cut(state, [Shard(0 if kind == "rows" else 1)], [WORLD])
+        return cut(state, [Shard(0 if kind == "rows" else 1)], (ranks,))
     first = Replicate() if kind == "hybrid" else Shard(1)
-    return cut(state, [first, Shard(0)], [2, WORLD // 2])
+    return cut(state, [first, Shard(0)], (2, ranks // 2))
 
 
-def save(folder: Path, kind: str) -> None:
-    with dt.CheckpointManager(folder, chunk_bytes=CHUNK) as manager:
-        manager.save({"model": cut_as(kind, whole_state())}, 1)
+# How it is cut and by how many ranks it is saved, and who loads that.
+LOADS: dict[tuple[str, int], list[tuple[str, int]]] = {
+    ("rows", 4): [("rows", 4), ("rows", 2), ("rows", 3), ("columns", 2)],
+    ("hybrid", 4): [("hybrid", 4), ("rows", 3), ("plain", 2)],
+    ("both", 4): [("both", 4), ("columns", 3), ("rows", 1)],
+    ("plain", 4): [("plain", 4), ("plain", 1), ("both", 2)],
+    ("plain", 1): [("plain", 4), ("rows", 2)],
+}
 
 
-def load(folder: Path, kind: str) -> None:
+def save_and_load(saved: str, ranks: int, folder: Path) -> None:
+    """Saves in one way and loads in every other."""
+    if ranks > RANK:
+        with dt.CheckpointManager(folder, chunk_bytes=CHUNK, process_group=GROUPS[ranks]) as manager:
+            manager.save({"model": cut_as(saved, whole_state(), ranks)}, 1)
+    dist.barrier()
+    for kind, some in LOADS[saved, ranks]:
+        if some > RANK:
+            load(folder, kind, some)
+        dist.barrier()
+
+
+def load(folder: Path, kind: str, ranks: int) -> None:
     """Every bit comes back, straight into place and through memory that is shared; then no byte is read twice."""
-    expected = cut_as(kind, whole_state())
-    state = cut_as(kind, {name: torch.zeros_like(t) for name, t in whole_state().items()})
-    with dt.CheckpointManager(folder, chunk_bytes=CHUNK) as manager:
+    expected = cut_as(kind, whole_state(), ranks)
+    state = cut_as(kind, {name: torch.zeros_like(t) for name, t in whole_state().items()}, ranks)
+    with dt.CheckpointManager(folder, chunk_bytes=CHUNK, process_group=GROUPS[ranks]) as manager:
         manager.load({"model": state})
     check_same(state, expected)
     vars(placement)["JOIN_BYTES"] = 0  # else short gaps are read along, which may be what another rank wants
     backend = NotingBackend(folder)
-    state = cut_as(kind, {name: torch.zeros_like(t) for name, t in whole_state().items()})
-    with dt.CheckpointManager(backend, chunk_bytes=CHUNK) as manager:
+    state = cut_as(kind, {name: torch.zeros_like(t) for name, t in whole_state().items()}, ranks)
+    with dt.CheckpointManager(backend, chunk_bytes=CHUNK, process_group=GROUPS[ranks]) as manager:
         manager.load({"model": state})
     check_same(state, expected)
-    (folder / f"read-{kind}-{WORLD}-{RANK}").write_text(json.dumps(backend.ranges))
-    dist.barrier()
-    notes = [json.loads((folder / f"read-{kind}-{WORLD}-{rank}").read_text()) for rank in range(WORLD)]
+    (folder / f"read-{kind}-{ranks}-{RANK}").write_text(json.dumps(backend.ranges))
+    dist.barrier(GROUPS[ranks])
+    notes = [json.loads((folder / f"read-{kind}-{ranks}-{rank}").read_text()) for rank in range(ranks)]
     ranges = sorted(tuple(found) for note in notes for found in note)
     assert ranges and all(
         one[0] != other[0] or one[2] <= other[1] for one, other in itertools.pairwise(ranges)
@@ -110,6 +128,67 @@ def check_same(state: State, expected: State) -> None:
     for name, tensor in state.items():
         mine, wanted = (local_part(t) for t in (tensor, expected[name]))
         assert torch.equal(mine, wanted), name
+
+
+def make_fsdp(ranks: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(7)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 33), torch.nn.ReLU(), torch.nn.Linear(33, 5, bias=False))
+    for layer in (model[0], model[2], model):
+        fully_shard(layer, mesh=MESHES[ranks,])
+    return model, torch.optim.AdamW(model.parameters(), lr=0.01)
+
+
+def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    torch.manual_seed(100 + RANK)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(8, 16)).square().mean().backward()
+        optimizer.step()
+
+
+def fsdp_round_trip(folder: Path) -> None:
+    """Two ranks save; they, three and one load it."""
+    if RANK < 2:
+        model, optimizer = make_fsdp(2)
+        train(model, optimizer, 2)
+        before = gathered(model, optimizer)
+        with dt.CheckpointManager(folder, process_group=GROUPS[2]) as manager:
+            manager.save({"model": model, "optimizer": optimizer}, 2)
+        if RANK == 0:
+            torch.save(before, folder / "expected.pt")
+    for ranks in (2, 3, 1):
+        fsdp_load(folder, ranks)
+
+
+def fsdp_deltas(folder: Path) -> None:
+    """A layer is frozen after the first save: the others write what the rest of the model became."""
+    if RANK < 2:
+        model, optimizer = make_fsdp(2)
+        train(model, optimizer, 2)
+        state = {"model": model, "optimizer": optimizer}
+        policy = dt.DeltaPolicy(max_changed=1.0)
+        with dt.CheckpointManager(folder, delta=policy, keep_last_n=2, process_group=GROUPS[2]) as manager:
+            full = manager.save(state, 2)
+            model.get_submodule("0").requires_grad_(False)
+            for step in (3, 4, 5):
+                train(model, optimizer, 1)
+                info = manager.save(state, step)
+                assert full.full and not info.full and 0 < info.written < full.nbytes / 2, info
+        before = gathered(model, optimizer)
+        if RANK == 0:
+            torch.save(before, folder / "expected.pt")
+    for ranks in (3, 1):
+        fsdp_load(folder, ranks)
+
+
+def fsdp_load(folder: Path, ranks: int) -> None:
+    dist.barrier()
+    if ranks <= RANK:
+        return
+    model, optimizer = make_fsdp(ranks)
+    with dt.CheckpointManager(folder, process_group=GROUPS[ranks]) as manager:
+        manager.load({"model": model, "optimizer": optimizer})
+    assert_same(gathered(model, optimizer), torch.load(folder / "expected.pt", weights_only=True))
 
 
 def dies_while_sharing(folder: Path) -> None:
@@ -149,11 +228,13 @@ def parts_of_the_state(folder: Path) -> None:
         )
 
 
+SCENARIOS: dict[str, Callable[[Path], None]] = {
+    **{f"{saved}_by_{ranks}": partial(save_and_load, saved, ranks) for saved, ranks in LOADS},
+    "fsdp_round_trip": fsdp_round_trip,
+    "fsdp_deltas": fsdp_deltas,
+    "parts_of_the_state": parts_of_the_state,
+}
+
+
 if __name__ == "__main__":
-    dist.init_process_group(
-        "gloo", init_method=os.environ.get("INIT_METHOD", "env://"), rank=RANK, world_size=WORLD
-    )
-    scenario, _, kind = sys.argv[1].partition(":")
-    globals()[scenario](Path(sys.argv[2]), *([kind] if kind else []))
-    dist.barrier()
-    dist.destroy_process_group()
+    main({**SCENARIOS, "dies_while_sharing": dies_while_sharing})

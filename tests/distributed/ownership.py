@@ -1,15 +1,9 @@
-"""Who writes what, on four ranks under torchrun: each function is run on every rank, one after the other.
-
-Smaller worlds are process groups of the first ranks: a manager then knows no more than it would if they were all.
-"""
+"""Who writes what, on four ranks under torchrun: each function is run on every rank, one after the other."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
-import traceback
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.two_tensor import TwoTensor
@@ -29,9 +22,9 @@ from dtruntime_torch.errors import SaveFailed
 from dtruntime_torch.hook import _derive_seed
 from dtruntime_torch.storage import LocalBackend
 from dtruntime_torch.testing.faulty_backend import FaultyBackend, not_done
+from tests.distributed.in_turn import GROUPS, MESHES, main
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), 4
-GROUPS: dict[int, Any] = {}
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
@@ -227,9 +220,6 @@ def a_rank_that_is_new_derives_its_random_numbers(folder: Path) -> None:
     assert len({tuple(one.tolist()) for one in draws}) == WORLD
 
 
-MESHES: dict[int, DeviceMesh] = {}
-
-
 def sharded(ranks: int, seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     """A model on the first ranks, cut unevenly by any number of them."""
     torch.manual_seed(seed)
@@ -237,7 +227,7 @@ def sharded(ranks: int, seed: int) -> tuple[torch.nn.Module, torch.optim.Optimiz
         torch.nn.Linear(6, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 7, bias=False)
     )
     for layer in (*model, model):
-        fully_shard(layer, mesh=MESHES[ranks])
+        fully_shard(layer, mesh=MESHES[ranks,])
     return model, torch.optim.AdamW(model.parameters(), lr=0.1)
 
 
@@ -372,27 +362,5 @@ SCENARIOS: dict[str, Callable[[Path], None]] = {
 }
 
 
-def run_all(folder: Path) -> None:
-    """Runs the scenarios; what became of each is in a file of its name and the rank's."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    for ranks in range(1, WORLD + 1):
-        GROUPS[ranks] = dist.new_group(list(range(ranks)))
-        MESHES[ranks] = DeviceMesh("cpu", list(range(ranks)))
-    for name, scenario in SCENARIOS.items():
-        try:
-            scenario(folder / name)
-            outcome = "ok"
-        except BaseException:
-            outcome = traceback.format_exc()
-        (folder / f"{name}-{RANK}").write_text(outcome)
-        if outcome != "ok":
-            # The other ranks are somewhere else: nothing can be done together any more.
-            os._exit(1)
-
-
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    globals()[sys.argv[1]](Path(sys.argv[2]))
-    dist.barrier()
-    dist.destroy_process_group()
+    main(SCENARIOS)

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import os
 import random
-import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -31,6 +29,7 @@ from dtruntime_torch.errors import (
 )
 from dtruntime_torch.storage import LocalBackend
 from dtruntime_torch.testing.faulty_backend import FaultyBackend, killed, lost_answer
+from tests.distributed.in_turn import main
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
@@ -218,63 +217,6 @@ def dies_while_writing(folder: Path) -> None:
     os._exit(0)  # the others cannot wait for the dead
 
 
-def fsdp_round_trip(folder: Path) -> None:
-    model, optimizer = make_fsdp()
-    train(model, optimizer, 2)
-    before = snapshot_fsdp(model, optimizer)
-    with dt.CheckpointManager(folder) as manager:
-        manager.save({"model": model, "optimizer": optimizer}, 2)
-        model, optimizer = make_fsdp()
-        manager.load({"model": model, "optimizer": optimizer})
-    after = snapshot_fsdp(model, optimizer)
-    assert before.keys() == after.keys() and all(same_bits(before[k], after[k]) for k in before)
-    if RANK == 0:
-        torch.save(before, folder / "expected.pt")
-
-
-def fsdp_deltas(folder: Path) -> None:
-    """A layer is frozen after the first save: the others write what the rest of the model became."""
-    model, optimizer = make_fsdp()
-    train(model, optimizer, 2)
-    state = {"model": model, "optimizer": optimizer}
-    with dt.CheckpointManager(folder, delta=dt.DeltaPolicy(max_changed=1.0), keep_last_n=2) as manager:
-        full = manager.save(state, 2)
-        model.get_submodule("0").requires_grad_(False)
-        for step in (3, 4, 5):
-            train(model, optimizer, 1)
-            info = manager.save(state, step)
-            assert full.full and not info.full and 0 < info.written < full.nbytes / 2, info
-    before = snapshot_fsdp(model, optimizer)
-    if RANK == 0:
-        torch.save(before, folder / "expected.pt")
-
-
-def fsdp_load(folder: Path) -> None:
-    """Another number of ranks loads what `fsdp_round_trip` or `fsdp_deltas` saved."""
-    model, optimizer = make_fsdp()
-    with dt.CheckpointManager(folder) as manager:
-        manager.load({"model": model, "optimizer": optimizer})
-    after = snapshot_fsdp(model, optimizer)
-    expected = torch.load(folder / "expected.pt", weights_only=True)
-    assert expected.keys() == after.keys() and all(same_bits(expected[k], after[k]) for k in expected)
-
-
-def make_fsdp() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    torch.manual_seed(7)
-    model = torch.nn.Sequential(torch.nn.Linear(16, 33), torch.nn.ReLU(), torch.nn.Linear(33, 5, bias=False))
-    mesh = init_device_mesh("cpu", (WORLD,))
-    for layer in (model[0], model[2], model):
-        fully_shard(layer, mesh=mesh)
-    return model, torch.optim.AdamW(model.parameters(), lr=0.01)
-
-
-def snapshot_fsdp(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    whole = {}
-    for key, tensor in snapshot(model, optimizer).items():
-        whole[key] = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return whole
-
-
 def hook_goes_on_bit_for_bit(folder: Path) -> None:
     """Two runs of four steps each equal one of eight, random numbers and workers included."""
     straight = run_hook(folder / "straight", stop=8)
@@ -338,10 +280,26 @@ def load_fails_on_one_rank(folder: Path) -> None:
             manager.load({"x": Broken()})
 
 
-if __name__ == "__main__":
-    dist.init_process_group(
-        "gloo", init_method=os.environ.get("INIT_METHOD", "env://"), rank=RANK, world_size=WORLD
+SCENARIOS: dict[str, Callable[[Path], None]] = {
+    scenario.__name__: scenario
+    for scenario in (
+        ddp_round_trip,
+        load_into_ddp,
+        stages,
+        no_rank_has_a_place,
+        damage_on_one_rank,
+        missing_on_one_rank,
+        bad_value_on_one_rank,
+        leader_refuses,
+        structure_changes_on_one_rank,
+        conflict_at_the_door,
+        lost_answer_of_the_commit,
+        load_fails_on_one_rank,
+        hook_goes_on_bit_for_bit,
+        dies_while_writing,
     )
-    globals()[sys.argv[1]](Path(sys.argv[2]))
-    dist.barrier()
-    dist.destroy_process_group()
+}
+
+
+if __name__ == "__main__":
+    main(SCENARIOS)

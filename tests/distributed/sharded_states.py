@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import os
-import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from dtruntime_torch.checkpoint.loading.targets import bind_targets
 from dtruntime_torch.checkpoint.state.local_shard import BoxFinder
 from dtruntime_torch.errors import InvalidArgument, UnsupportedType
 from tests.checkpoint.memory_checkpoint import MemoryCheckpoint, box, checkpoint_of, exact, load
+from tests.distributed.in_turn import run_in_turn
 
 WORLD = 4
 
@@ -336,14 +336,9 @@ def run(rank: int, folder: str) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=timeout
     )
-    for name, scenario in SCENARIOS.items():
-        try:
-            scenario()
-            outcome = "ok"
-        except Exception:
-            outcome = traceback.format_exc()
-        Path(folder, f"{name}-{rank}").write_text(outcome)
-        if outcome != "ok":
-            # The other ranks are somewhere else: nothing can be done together any more.
-            os._exit(1)
+    run_in_turn({name: partial(_without_folder, one) for name, one in SCENARIOS.items()}, Path(folder), rank)
     dist.destroy_process_group()
+
+
+def _without_folder(scenario: Callable[[], None], folder: Path) -> None:
+    scenario()

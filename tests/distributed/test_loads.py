@@ -8,46 +8,41 @@ import pytest
 import torch
 
 import dtruntime_torch as dt
-from tests.distributed.launch import separately, torchrun
-from tests.distributed.load_scenarios import whole_state
+from tests.distributed import load_scenarios
+from tests.distributed.in_turn import check_outcome
+from tests.distributed.launch import in_turn, separately
 
-SCENARIOS = Path(__file__).with_name("load_scenarios.py")
-
-
-def run(scenario: str, folder: Path, ranks: int) -> None:
-    torchrun(scenario, folder, ranks, program=SCENARIOS)
+PROGRAM = Path(load_scenarios.__file__)
 
 
-@pytest.mark.parametrize(
-    ("saved", "loads"),
-    [
-        ("rows", [("rows", 4), ("rows", 2), ("rows", 3), ("columns", 2)]),
-        ("hybrid", [("hybrid", 4), ("rows", 3), ("plain", 2)]),
-        ("both", [("both", 4), ("columns", 3), ("rows", 1)]),
-        ("plain", [("plain", 4), ("plain", 1), ("both", 2)]),
-    ],
-)
-def test_any_way_to_cut_loads_what_another_saved(tmp_path, saved, loads):
-    run(f"save:{saved}", tmp_path, 4)
-    for kind, ranks in loads:
-        run(f"load:{kind}", tmp_path, ranks)
-    with dt.CheckpointManager(tmp_path) as manager:
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("loads")
+    in_turn(tuple(load_scenarios.SCENARIOS), folder, 4, program=PROGRAM)
+    return folder
+
+
+@pytest.mark.parametrize("scenario", load_scenarios.SCENARIOS)
+def test_on_four_ranks(outcomes, scenario):
+    check_outcome(outcomes, scenario, 4)
+
+
+@pytest.mark.parametrize(("saved", "ranks"), load_scenarios.LOADS)
+def test_any_way_to_cut_loads_whole_on_one_process(outcomes, saved, ranks):
+    with dt.CheckpointManager(outcomes / f"{saved}_by_{ranks}") as manager:
         whole = manager.load_checkpoint()
     assert isinstance(whole, dict)
-    assert all(torch.equal(whole["model"][name], tensor) for name, tensor in whole_state().items())
+    expected = load_scenarios.whole_state()
+    assert all(torch.equal(whole["model"][name], tensor) for name, tensor in expected.items())
 
 
-def test_what_one_rank_saved_many_load(tmp_path):
-    run("save:plain", tmp_path, 1)
-    run("load:plain", tmp_path, 4)
-    run("load:rows", tmp_path, 2)
-
-
-def test_parts_of_the_state_are_the_same_on_all_ranks(tmp_path):
-    run("parts_of_the_state", tmp_path, 2)
+def test_sharded_deltas_are_deltas_and_sound(outcomes):
+    with dt.CheckpointManager(outcomes / "fsdp_deltas") as manager:
+        assert [(info.step, info.full) for info in manager.list()] == [(4, False), (5, False)]
+        assert all(manager.verify(step).ok for step in (4, 5))
 
 
 def test_a_rank_that_dies_while_memory_is_shared_leaves_none(tmp_path):
-    (status, output), (died, _) = separately("dies_while_sharing", tmp_path, 2, program=SCENARIOS)
+    (status, output), (died, _) = separately("dies_while_sharing", tmp_path, 2, program=PROGRAM)
     assert died == 137
     assert status == 0, output

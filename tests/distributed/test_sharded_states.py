@@ -9,6 +9,7 @@ import pytest
 import torch.multiprocessing as mp
 
 from tests.distributed import sharded_states
+from tests.distributed.in_turn import check_outcome
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +23,4 @@ def outcomes(tmp_path_factory):
 
 @pytest.mark.parametrize("scenario", sharded_states.SCENARIOS)
 def test_on_four_ranks(outcomes: Path, scenario: str) -> None:
-    files = [outcomes / f"{scenario}-{rank}" for rank in range(sharded_states.WORLD)]
-    results = [file.read_text() if file.exists() else "did not get here" for file in files]
-    assert results == ["ok"] * sharded_states.WORLD, "\n".join(results)
+    check_outcome(outcomes, scenario, sharded_states.WORLD)

@@ -12,12 +12,11 @@ from collections.abc import Awaitable, Callable, Coroutine
 
 from dtruntime_torch.checkpoint import catalog
 from dtruntime_torch.checkpoint.cleaning.look import Manifests
-from dtruntime_torch.checkpoint.cleaning.prune import Drop, Prune
 from dtruntime_torch.checkpoint.cleaning.prune_plan import Plan, PruneReport, make_plan, metadata_of, report
+from dtruntime_torch.checkpoint.cleaning.removal_kinds import Drop, GivenUp, Prune, Sweep
 from dtruntime_torch.checkpoint.cleaning.removals import Pending, Removals, explain
 from dtruntime_torch.checkpoint.cleaning.retention import KEEP_ALL, RetentionPolicy
 from dtruntime_torch.checkpoint.cleaning.stock import Stock, take_stock
-from dtruntime_torch.checkpoint.cleaning.sweep import GivenUp, Sweep
 from dtruntime_torch.checkpoint.manifest import Commit
 from dtruntime_torch.checkpoint.names import Attempt, CommitKey
 from dtruntime_torch.errors import CheckpointNotFound

@@ -12,7 +12,6 @@ from typing import Protocol
 
 from dtruntime_torch.checkpoint.cleaning import look
 from dtruntime_torch.checkpoint.cleaning.look import Manifests
-from dtruntime_torch.checkpoint.cleaning.sweep import delete_files
 from dtruntime_torch.checkpoint.commit import Patience
 from dtruntime_torch.storage.backend import StorageBackend
 
@@ -121,13 +120,21 @@ class Removals:
         deleted = set()
         for victim in sorted(victims):
             try:
-                await delete_files(self._backend, self._name, victim)
+                await _delete_files(self._backend, self._name, victim)
                 deleted.add(victim)
             except Exception as error:
                 faults.append(explain(error))
         remaining = victims - deleted
         self.pending = [p for p in self.pending if p not in due or p.removal.victims & remaining]
         return deleted
+
+
+async def _delete_files(backend: StorageBackend, name: str, attempt: str) -> None:
+    """Deletes all that lies in the folder of an attempt, also what was never finished."""
+    folder = f"{name}/{attempt}/"
+    for entry in await backend.list(folder):
+        await backend.delete(entry.path)
+    await backend.discard_unfinished(folder)
 
 
 def explain(error: Exception) -> str:

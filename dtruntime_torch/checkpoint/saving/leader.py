@@ -14,17 +14,17 @@ from dtruntime_torch._version import __version__
 from dtruntime_torch.checkpoint import catalog, commit
 from dtruntime_torch.checkpoint.cleaning.cleaner import Cleaner
 from dtruntime_torch.checkpoint.cleaning.prune_plan import PruneReport
-from dtruntime_torch.checkpoint.cleaning.retention import RetentionPolicy
 from dtruntime_torch.checkpoint.info import CheckpointInfo
 from dtruntime_torch.checkpoint.manifest import Manifest
 from dtruntime_torch.checkpoint.names import Attempt, CommitKey
 from dtruntime_torch.checkpoint.objects import Json
-from dtruntime_torch.checkpoint.saving.delta import Base, DeltaPolicy
+from dtruntime_torch.checkpoint.saving.delta import Base
 from dtruntime_torch.checkpoint.saving.lineage import Lineage
 from dtruntime_torch.checkpoint.saving.messages import Answer, Arrival
+from dtruntime_torch.checkpoint.saving.policies import SavePolicies
 from dtruntime_torch.errors import CommitConflict
 from dtruntime_torch.membership import Membership
-from dtruntime_torch.retry import RetryPolicy, Tries, retrying
+from dtruntime_torch.retry import Tries, retrying
 from dtruntime_torch.storage import StorageBackend, run_sync
 from dtruntime_torch.storage.sync import in_time
 
@@ -37,9 +37,7 @@ class Leader:
         name: under which name.
         members: the ranks that save together.
         lineage: read for the generation and the parent; a generation that is claimed is noted there.
-        policy: which checkpoints stay.
-        delta: when to save in full; None: always.
-        retry: how often naming an attempt is tried, where storage fails.
+        policies: what the user chose.
     """
 
     def __init__(
@@ -48,20 +46,19 @@ class Leader:
         name: str,
         members: Membership,
         lineage: Lineage,
-        policy: RetentionPolicy,
-        delta: DeltaPolicy | None,
-        retry: RetryPolicy,
+        policies: SavePolicies,
     ) -> None:
         self._backend = backend
         self._name = name
         self._members = members
         self._lineage = lineage
-        self._cleaner = Cleaner(backend, name, policy)
-        self._delta = delta
+        self._cleaner = Cleaner(backend, name, policies.retention)
+        self._delta = policies.delta
         self._tries: Counter[CommitKey] = Counter()
         # Seconds for one of the things for which the others wait: altogether less than they do.
         self._share = members.barrier.timeout / 4
         self._patience = commit.Patience(seconds=min(60.0, self._share), call_seconds=min(30.0, self._share))
+        retry = policies.retry
         longest = self._share if retry.deadline is None else min(self._share, retry.deadline)
         self._retry = replace(retry, deadline=longest)
 

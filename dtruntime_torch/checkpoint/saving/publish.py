@@ -16,15 +16,15 @@ from dataclasses import asdict, dataclass
 
 from dtruntime_torch import errors
 from dtruntime_torch.checkpoint.cleaning.prune_plan import PruneReport
-from dtruntime_torch.checkpoint.cleaning.retention import KEEP_ALL, RetentionPolicy
 from dtruntime_torch.checkpoint.info import CheckpointInfo
 from dtruntime_torch.checkpoint.manifest import Commit, Part
 from dtruntime_torch.checkpoint.names import Attempt
 from dtruntime_torch.checkpoint.saving import shard_file
-from dtruntime_torch.checkpoint.saving.delta import Base, Delta, DeltaPolicy, make_delta
+from dtruntime_torch.checkpoint.saving.delta import Base, Delta, make_delta
 from dtruntime_torch.checkpoint.saving.leader import Leader
 from dtruntime_torch.checkpoint.saving.lineage import Lineage
 from dtruntime_torch.checkpoint.saving.messages import Answer, Arrival
+from dtruntime_torch.checkpoint.saving.policies import SavePolicies
 from dtruntime_torch.checkpoint.saving.snapshot import Snapshot
 from dtruntime_torch.errors import (
     BarrierTimeout,
@@ -35,7 +35,7 @@ from dtruntime_torch.errors import (
     StoreUnreachable,
 )
 from dtruntime_torch.membership import Membership
-from dtruntime_torch.retry import RetryPolicy, Tries, may_pass
+from dtruntime_torch.retry import Tries, may_pass
 from dtruntime_torch.storage import StorageBackend, run_sync
 
 logger = logging.getLogger(__name__)
@@ -68,9 +68,7 @@ class Publisher:
         name: under which name.
         members: the ranks that save together.
         lineage: read for the generation and the parent, advanced by every save that ends.
-        policy: which checkpoints stay.
-        delta: when to save in full; None: always.
-        retry: how often a save that storage failed is tried.
+        policies: what the user chose.
     """
 
     def __init__(
@@ -79,17 +77,14 @@ class Publisher:
         name: str,
         members: Membership,
         lineage: Lineage,
-        policy: RetentionPolicy = KEEP_ALL,
-        delta: DeltaPolicy | None = None,
-        retry: RetryPolicy | None = None,
+        policies: SavePolicies,
     ) -> None:
         self._backend = backend
         self._name = name
         self._members = members
         self._lineage = lineage
-        self._retry = RetryPolicy(attempts=1) if retry is None else retry
-        self._leader = Leader(backend, name, members, lineage, policy, delta, self._retry)
-        self._delta = delta
+        self._leader = Leader(backend, name, members, lineage, policies)
+        self._policies = policies
         self._leftovers: list[Attempt] = []
 
     def open(self, key: str, step: int) -> Attempt:
@@ -150,7 +145,7 @@ class Publisher:
         """
         self._clean_up()
         key, attempt, delta = snapshot.key, snapshot.attempt, snapshot.delta
-        tries = Tries(self._retry)
+        tries = Tries(self._policies.retry)
         while True:
             try:
                 attempt = attempt or self.open(key, snapshot.step)
@@ -253,7 +248,7 @@ class Publisher:
             raise CommitUnknown(answer.message)
         info = answer.info
         lineage.parent = info.key
-        if self._delta is not None and tried.part is not None:
+        if self._policies.delta is not None and tried.part is not None:
             there = Commit(info.name, *info.key, tried.attempt.path, info.sha256)
             deltas = lineage.deltas_with(info.full)
             since = info.key if info.full or lineage.base is None else lineage.base.since

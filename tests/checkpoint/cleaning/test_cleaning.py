@@ -5,28 +5,13 @@ from __future__ import annotations
 import pytest
 
 from dtruntime_torch.checkpoint.cleaning.cleaner import Cleaner
-from dtruntime_torch.checkpoint.cleaning.retention import KEEP_ALL, RetentionPolicy
+from dtruntime_torch.checkpoint.cleaning.retention import KEEP_ALL
 from dtruntime_torch.checkpoint.names import Attempt, CommitKey, commit_path
-from dtruntime_torch.storage import LocalBackend, MemoryBackend, run_sync
+from dtruntime_torch.storage import LocalBackend, run_sync
 from dtruntime_torch.testing.faulty_backend import Call, FaultyBackend, lost_answer, not_done
+from tests.checkpoint.cleaning.shortcuts import KEEP_ONE, after_commit
 from tests.checkpoint.commits import NAME, Time, data_path
 from tests.checkpoint.lineages import Shelf
-
-KEEP_ONE = RetentionPolicy(keep_last_n=1)
-
-
-@pytest.fixture
-def backend():
-    return FaultyBackend(MemoryBackend())
-
-
-@pytest.fixture
-def shelf(backend):
-    return Shelf(backend)
-
-
-def after_commit(cleaner: Cleaner, step: int, generation: int = 1, answered: bool = True) -> None:
-    run_sync(cleaner.after_commit(CommitKey(generation, step), answered, 60.0))
 
 
 def changes(backend: FaultyBackend, since: int = 0) -> list[tuple[str, str]]:

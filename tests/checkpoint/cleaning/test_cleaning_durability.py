@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from dtruntime_torch.checkpoint.cleaning.cleaner import Cleaner
-from dtruntime_torch.checkpoint.cleaning.retention import RetentionPolicy
 from dtruntime_torch.checkpoint.names import Attempt, CommitKey
 from dtruntime_torch.storage import LocalBackend, run_sync
 from dtruntime_torch.testing.unsynced_disk import PowerCut, UnsyncedDisk
+from tests.checkpoint.cleaning.shortcuts import KEEP_ONE
 from tests.checkpoint.commits import NAME
 from tests.checkpoint.lineages import Shelf
 
@@ -27,12 +27,12 @@ KEPT: list[Callable[[str], bool]] = [
 
 
 def retention(shelf: Shelf) -> None:
-    cleaner = Cleaner(shelf.backend, NAME, RetentionPolicy(keep_last_n=1))
+    cleaner = Cleaner(shelf.backend, NAME, KEEP_ONE)
     run_sync(cleaner.after_commit(CommitKey(1, 3), True, None))
 
 
 def own_retention(shelf: Shelf) -> None:
-    cleaner = Cleaner(shelf.backend, NAME, RetentionPolicy(keep_last_n=1))
+    cleaner = Cleaner(shelf.backend, NAME, KEEP_ONE)
     run_sync(cleaner.after_commit(CommitKey(1, 2), True, None))
     run_sync(cleaner.after_commit(CommitKey(1, 3), True, None))
 

@@ -8,31 +8,14 @@ import pytest
 
 from dtruntime_torch.checkpoint.cleaning.cleaner import Cleaner
 from dtruntime_torch.checkpoint.cleaning.look import Manifests, Noted
-from dtruntime_torch.checkpoint.cleaning.retention import RetentionPolicy
 from dtruntime_torch.checkpoint.cleaning.stock import take_stock
 from dtruntime_torch.checkpoint.names import Attempt, CommitKey, commit_path
 from dtruntime_torch.storage import MemoryBackend, run_sync
 from dtruntime_torch.testing.faulty_backend import Call, FaultyBackend, Stopped, killed, lost_answer, not_done
+from tests.checkpoint.cleaning.shortcuts import KEEP_ONE, after_commit
 from tests.checkpoint.commits import NAME, Time
 from tests.checkpoint.lineages import Shelf
 from tests.checkpoint.saved_checkpoints import make_newer
-
-KEEP_ONE = RetentionPolicy(keep_last_n=1)
-
-
-@pytest.fixture
-def backend():
-    return FaultyBackend(MemoryBackend())
-
-
-@pytest.fixture
-def shelf(backend):
-    return Shelf(backend)
-
-
-def after_commit(cleaner: Cleaner, step: int, generation: int = 1, answered: bool = True) -> None:
-    run_sync(cleaner.after_commit(CommitKey(generation, step), answered, 60.0))
-
 
 # --- what cannot be read --------------------------------------------------------------------------------------
 

@@ -6,20 +6,10 @@ from dtruntime_torch.checkpoint.cleaning import look
 from dtruntime_torch.checkpoint.cleaning.look import Manifests
 from dtruntime_torch.checkpoint.names import Attempt
 from dtruntime_torch.errors import CleaningBlocked, StorageError
-from dtruntime_torch.storage import MemoryBackend, run_sync
+from dtruntime_torch.storage import run_sync
 from dtruntime_torch.testing.faulty_backend import Call, FaultyBackend
 from tests.checkpoint.commits import NAME
 from tests.checkpoint.lineages import Shelf
-
-
-@pytest.fixture
-def backend():
-    return FaultyBackend(MemoryBackend())
-
-
-@pytest.fixture
-def shelf(backend):
-    return Shelf(backend)
 
 
 def needed(backend: FaultyBackend, manifests: Manifests | None = None) -> set[str]:

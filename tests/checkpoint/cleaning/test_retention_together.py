@@ -9,7 +9,6 @@ import torch
 
 from dtruntime_torch.checkpoint.cleaning.retention import RetentionPolicy
 from dtruntime_torch.checkpoint.info import CheckpointInfo
-from dtruntime_torch.checkpoint.save import Saver
 from dtruntime_torch.errors import BarrierTimeout
 from dtruntime_torch.storage import MemoryBackend, run_sync
 from dtruntime_torch.testing.faulty_backend import FaultyBackend, Stopped
@@ -23,12 +22,7 @@ def state_of(rank: int, step: int) -> dict[str, torch.Tensor]:
 def make_two(inner: MemoryBackend, timeout: float = 60.0) -> tuple[list[Rank], list[FaultyBackend]]:
     """Two ranks that keep one checkpoint, each with its own way to the storage."""
     backends = [FaultyBackend(inner) for _ in range(2)]
-    ranks = make_ranks(2, backends, timeout)
-    for rank in ranks:
-        rank.saver = Saver(
-            rank.backend, "model", rank.members, rank.lineage, 4096, policy=RetentionPolicy(keep_last_n=1)
-        )
-    return ranks, backends
+    return make_ranks(2, backends, timeout, retention=RetentionPolicy(keep_last_n=1)), backends
 
 
 def save_on_both(ranks: list[Rank], step: int) -> None:

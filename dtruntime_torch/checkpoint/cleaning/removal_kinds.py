@@ -1,7 +1,9 @@
-"""Taking a commit away. Its files go later, by `sweep`, once a look has shown that nothing names them.
+"""The four reasons why something goes, and how each makes sure that it is not committed and has no manifest any more.
 
-The order is that of the commit's protocol: the commit, then its manifest, then the look. A commit whose creation
-may still be under way is not removed, since it would come back: a void takes its place.
+`Prune`: retention does not keep it. `Sweep`: an older generation left it. `GivenUp`: its own leader lost it. `Drop`: a
+user names it. The order is that of the commit's protocol: the commit, then the manifest. A commit whose creation may
+still be under way is not removed, since it would come back: a void takes its place. The files go later, in `removals`,
+once a look has shown that nothing names them: any of these may have been committed, used by a delta, and pruned.
 """
 
 from __future__ import annotations
@@ -46,6 +48,55 @@ class Prune:
         else:
             await write_void(backend, self.commit.name, self.commit)
         await backend.delete(names.manifest_path(self.commit.name, self.commit.attempt))
+        return True
+
+
+@dataclass(slots=True)
+class Sweep:
+    """Takes an attempt of an older generation.
+
+    Attributes:
+        name: of the checkpoint.
+        attempt: which one. Its leader may be alive.
+    """
+
+    name: str
+    attempt: Attempt
+
+    @property
+    def victims(self) -> frozenset[str]:
+        """The attempt itself."""
+        return frozenset({self.attempt.path})
+
+    async def clear(self, backend: StorageBackend, patience: Patience) -> bool:
+        """Voids its commit if there is none, then deletes its manifest; False if it is committed."""
+        there = await forbid(backend, self.name, self.attempt.key, patience)
+        if there.attempt == self.attempt.path:
+            return False
+        await backend.delete(names.manifest_path(self.name, self.attempt.path))
+        return True
+
+
+@dataclass(slots=True)
+class GivenUp:
+    """Takes an attempt that its own leader knows will never be committed, or no longer is.
+
+    Attributes:
+        name: of the checkpoint.
+        attempt: which one.
+    """
+
+    name: str
+    attempt: Attempt
+
+    @property
+    def victims(self) -> frozenset[str]:
+        """The attempt itself."""
+        return frozenset({self.attempt.path})
+
+    async def clear(self, backend: StorageBackend, patience: Patience) -> bool:
+        """Deletes its manifest; always True."""
+        await backend.delete(names.manifest_path(self.name, self.attempt.path))
         return True
 
 
