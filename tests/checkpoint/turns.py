@@ -90,8 +90,15 @@ class Turns:
             i = self._chance.choice(asking)
             if self._chance.random() < 0.003:
                 self._dead.add(i)
+            asked = self._asking[i][0]
+            if not asked.set_running_or_notify_cancel():
+                # Given up this very moment: it takes itself away.
+                gone = self._changed.wait_for(lambda: asked not in self._asking[i], PATIENCE)
+                assert gone, "a call that was given up does not end"
+                return True
             self._running += 1
-            self._asking[i].pop(0).set_result(i not in self._dead)
+            self._asking[i].remove(asked)
+            asked.set_result(i not in self._dead)
             assert self._changed.wait_for(lambda: not self._running, PATIENCE), "a call does not end"
             return True
 
