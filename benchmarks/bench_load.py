@@ -102,6 +102,13 @@ class Loads:
         """What is filled with other shards than were saved."""
         return make_shards(1, 1)
 
+    def plain_read(self) -> None:
+        """Reads the bytes that ours reads, and that is all: what the machine gives."""
+        (path,) = (self._path / "whole.dt").rglob("*.safetensors")
+        with open(path, "rb", buffering=0) as file:
+            for parameter in self.model().parameters():
+                file.readinto(parameter.detach().numpy())
+
     def torch_load(self) -> None:
         """Maps the file."""
         self.model().load_state_dict(torch.load(self._path / "whole.pt", mmap=True))
@@ -238,7 +245,9 @@ def by_two(place: str, what: str) -> Callable[[], None]:
     return lambda: ranks_of(place).do(what)
 
 
+PLAIN_READ = "a plain read, unchecked"
 WAYS = (
+    ("one", alone, "ours_whole", "plain_read", PLAIN_READ),
     ("one", alone, "ours_whole", "torch_load", "torch.load(mmap=True), load_state_dict"),
     ("one", alone, "ours_whole", "safetensors_load", "safetensors load_file, load_state_dict"),
     ("one", alone, "ours_whole", "dcp_whole", "dcp.load"),
@@ -261,7 +270,7 @@ def cases() -> Iterator[Case]:
                 before=partial(make_cold, place),
                 peer_name=peer_name,
                 nbytes=NBYTES,
-                goal=GOAL,
+                goal=None if peer_name == PLAIN_READ else GOAL,
             )
 
 

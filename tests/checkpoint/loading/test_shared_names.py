@@ -28,11 +28,11 @@ KILLED = """
 import os, signal, sys, torch
 from functools import partial
 from dtruntime_torch.checkpoint.loading import node_memory
-from dtruntime_torch.storage import LocalBackend
 from tests.checkpoint import thread_ranks
+from tests.checkpoint.loading.test_shared_names import SharingBackend
 thread_ranks.RUN_ID = sys.argv[2]
 node_memory._attach = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-ranks = thread_ranks.make_ranks(2, LocalBackend(sys.argv[1]))
+ranks = thread_ranks.make_ranks(2, SharingBackend(sys.argv[1]))
 thread_ranks.together(*[partial(rank.load, {"w": torch.zeros(5000)}) for rank in ranks])
 """
 
@@ -45,6 +45,12 @@ memoryview(arena)[:4] = b"live"
 print("made", flush=True)
 sys.stdin.read()
 """
+
+
+class SharingBackend(LocalBackend):
+    """A folder as other storage: what several ranks need they read into memory that they share."""
+
+    read_chunks = None  # type: ignore[assignment]
 
 
 @pytest.fixture
@@ -77,11 +83,11 @@ def load(backend: StorageBackend) -> None:
 
 
 def test_what_a_killed_load_left_is_removed_by_the_next_one(tmp_path: Path, run_id: str) -> None:
-    save(LocalBackend(tmp_path))
+    save(SharingBackend(tmp_path))
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), run_id], timeout=100)
     assert killed.returncode == -signal.SIGKILL
     assert [name.rpartition("-")[2] for name in names(run_id)] == ["0", "1"]
-    load(LocalBackend(tmp_path))
+    load(SharingBackend(tmp_path))
     assert names(run_id) == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -203,6 +204,13 @@ class BadSector(SystemCalls):
     def read_into(self, path: str, offset: int, target: memoryview, direct: bool) -> None:
         self._meet(path, offset, target.nbytes)
         super().read_into(path, offset, target, direct)
+
+    def read_and_digest(
+        self, path: str, offsets: Sequence[int], into: Sequence[memoryview], chunk_bytes: int
+    ) -> bytes:
+        for offset, target in zip(offsets, into, strict=True):
+            self._meet(path, offset, target.nbytes)
+        return super().read_and_digest(path, offsets, into, chunk_bytes)
 
     def _meet(self, path: str, offset: int, length: int) -> None:
         if os.stat(path).st_ino == self._inode and offset <= self.AT < offset + length:
