@@ -107,7 +107,7 @@ class Loads:
         (path,) = (self._path / "whole.dt").rglob("*.safetensors")
         with open(path, "rb", buffering=0) as file:
             for parameter in self.model().parameters():
-                file.readinto(parameter.detach().numpy())
+                file.readinto(parameter.detach().numpy().data)
 
     def torch_load(self) -> None:
         """Maps the file."""
