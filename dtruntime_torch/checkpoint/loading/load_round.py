@@ -128,9 +128,9 @@ class LoadRound:
 
     def _want(self, targets: Targets, saved: SavedState) -> Wanted:
         wanted = targets.want(saved, self._asked.keys)
-        stale = sorted(self._touched.difference(spec.fqn for spec in wanted.tensors))
         lines = [
-            f"{fqn}: holds bytes of a newer step that is damaged, and is not in this one" for fqn in stale
+            f"{fqn}: holds bytes of a newer step that is damaged, and is not in this one"
+            for fqn in targets.left_alone(self._touched)
         ]
         return replace(wanted, differences=(*wanted.differences, *lines))
 

@@ -6,7 +6,7 @@ straight into `homes`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
@@ -133,6 +133,22 @@ class Targets:
         fills = [Fill(node.fqn, local_part(node.value)) for node in self._tensors_filled_in_place()]
         shared = shared_names([*fills, *(Fill(fqn, home) for fqn, home in homes.items())])
         return {fqn: home.detach() for fqn, home in homes.items() if fqn not in shared and _is_plain(home)}
+
+    def left_alone(self, fqns: Iterable[str]) -> list[str]:
+        """Which tensors of the state `apply` would leave as they are, after the last `want`.
+
+        What an optimizer has becomes what was saved of it, whether that has these names or not.
+
+        Args:
+            fqns: names that `homes` gave, for this checkpoint or for another.
+        """
+        filled = {spec.fqn for _, request in self._requests for spec in request.tensors}
+        whole = [
+            node.fqn
+            for node, request in self._requests
+            if isinstance(node.value, torch.optim.Optimizer) and request.is_filled
+        ]
+        return sorted(fqn for fqn in fqns if fqn not in filled and not lies_in(fqn, whole))
 
     def check(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, object]) -> None:
         """Finds what only shows once it was read; nothing is changed.

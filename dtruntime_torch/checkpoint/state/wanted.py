@@ -83,6 +83,11 @@ class Request:
     check: Callable[[Loaded], None] = _nothing
     fill: Callable[[Loaded], None] = _nothing
 
+    @property
+    def is_filled(self) -> bool:
+        """Whether the checkpoint has anything for the target."""
+        return self.fill is not _nothing
+
     def want(self, leaf: SavedLeaf, box: Box | None = None) -> None:
         """Asks for a leaf; of a tensor for the given box, or for all of it."""
         if isinstance(leaf, ObjectEntry):

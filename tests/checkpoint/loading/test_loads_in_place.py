@@ -175,6 +175,36 @@ def test_no_mixture_of_two_steps_is_left_where_the_older_one_lacks_a_name(tmp_pa
             manager.load(state(0, "late"), strict=False)
 
 
+def test_an_optimizer_falls_back_to_a_step_at_which_it_had_no_state_yet(tmp_path: Path) -> None:
+    model = make_model(1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with dt.CheckpointManager(tmp_path, chunk_bytes=4096) as manager:
+        manager.save({"model": model, "optimizer": optimizer}, 1)
+        model(torch.ones(2, 64)).sum().backward()
+        optimizer.step()
+        newest = manager.save({"model": model, "optimizer": optimizer}, 2)
+    flip(tmp_path, newest)
+    with dt.CheckpointManager(tmp_path) as manager, pytest.warns(RuntimeWarning, match="step 2"):
+        assert manager.load({"model": model, "optimizer": optimizer}).step == 1
+    assert values_of(model) == [1, 2, 3, 4]
+    assert not optimizer.state
+
+
+def test_an_optimizer_that_the_older_step_lacks_is_no_mixture(tmp_path: Path) -> None:
+    model = make_model(1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with dt.CheckpointManager(tmp_path, chunk_bytes=4096) as manager:
+        manager.save({"model": model}, 1)
+        model(torch.ones(2, 64)).sum().backward()
+        optimizer.step()
+        newest = manager.save({"model": model, "optimizer": optimizer}, 2)
+    flip(tmp_path, newest)
+    with dt.CheckpointManager(tmp_path) as manager, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(CheckpointMismatch, match="exp_avg: holds bytes of a newer step"):
+            manager.load({"model": model, "optimizer": optimizer}, strict=False)
+
+
 def test_a_file_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
     (info,) = save(tmp_path, 3)
     (file,) = tmp_path.rglob("*.safetensors")
