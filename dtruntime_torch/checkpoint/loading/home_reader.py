@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from dtruntime_torch import _C
 from dtruntime_torch.checkpoint.format.records import Part
 from dtruntime_torch.checkpoint.loading.assembly import Staged, scatter
-from dtruntime_torch.checkpoint.loading.chunk_needs import Needs, Run, needs_of, runs_of
+from dtruntime_torch.checkpoint.loading.chunk_needs import Needs, Run, needs_of, runs_of, span_of
 from dtruntime_torch.checkpoint.loading.landings import Landing, Landings, from_turn
 from dtruntime_torch.checkpoint.loading.share_reader import Suspects, changed_chunks, check_headers, explain
 from dtruntime_torch.checkpoint.specs import LoadPlan, ReadItem, digest_length
@@ -26,6 +27,9 @@ from dtruntime_torch.storage.rereads import reread
 CALL_BYTES = 256 << 20
 # Bytes of edges that are held at a time.
 EDGE_BYTES = 64 << 20
+# What is read beside a shard at a time: it stays in the caches until it is copied.
+BLOCK_BYTES = 8 << 20
+BLOCK_CHUNKS = 8
 # As far apart lie the runs that one memory holds, so that the elements of each are aligned.
 _ALIGNMENT = 64
 
@@ -109,13 +113,14 @@ class _HomeReader:
                 self._place(landing)[:] = wanted
 
     async def read_scattered(self, fqn: str, items: Sequence[ReadItem]) -> None:
-        """Reads the chunks of a shard beside it, and copies its boxes."""
-        placed = self._beside(runs_of(self._parts, self._needs(items)))
-        await self._read(placed)
-        staged = Staged()
-        for run, memory in placed:
-            staged.add([(run, 0)], memory)
-        scatter(self._homes[fqn], items, self._parts, staged)
+        """Reads the chunks of a shard beside it, some rows at a time, and copies its boxes."""
+        for some in _in_blocks(items, self._parts):
+            placed = self._beside(runs_of(self._parts, self._needs(some)))
+            await self._read(placed)
+            staged = Staged()
+            for run, memory in placed:
+                staged.add([(run, 0)], memory)
+            scatter(self._homes[fqn], some, self._parts, staged)
 
     def _needs(self, items: Sequence[ReadItem]) -> Needs:
         return needs_of(LoadPlan(tuple(items)), self._parts)
@@ -162,6 +167,36 @@ class _HomeReader:
     def _file_of(self, pair: tuple[Run, memoryview]) -> tuple[str, int]:
         run, _ = pair
         return run.path, self._parts[run.part].chunk_bytes
+
+
+def _in_blocks(items: Iterable[ReadItem], parts: Mapping[int, Part]) -> Iterator[list[ReadItem]]:
+    """Takes boxes in turn, cut into rows, about `BLOCK_BYTES` of what is stored at a time.
+
+    A chunk in which one block ends and the next begins is read twice; a block is some chunks long, so that this is little.
+    """
+    some: list[ReadItem] = []
+    total = 0
+    for item in items:
+        entry, chunk_bytes = parts[item.rank].tensors[item.entry], parts[item.rank].chunk_bytes
+        start, stop = span_of(entry, item)
+        limit = max(BLOCK_BYTES, BLOCK_CHUNKS * chunk_bytes)
+        step = max(1, item.shape[0] * limit // (stop - start))
+        for row in range(0, item.shape[0], step):
+            rows = min(step, item.shape[0] - row)
+            some.append(
+                replace(
+                    item,
+                    source=(item.source[0] + row, *item.source[1:]),
+                    target=(item.target[0] + row, *item.target[1:]),
+                    shape=(rows, *item.shape[1:]),
+                )
+            )
+            total += (stop - start) * rows // item.shape[0]
+            if total >= limit:
+                yield some
+                some, total = [], 0
+    if some:
+        yield some
 
 
 def _in_calls(landings: Iterable[Landing], nbytes: int) -> Iterator[list[Landing]]:

@@ -91,6 +91,8 @@ def test_every_wanted_element_arrives_where_it_belongs(data: st.DataObject, chec
         patch.setattr(landings, "PIECE_BYTES", data.draw(st.sampled_from([1, 1 << 20])))
         patch.setattr(home_reader, "CALL_BYTES", data.draw(st.sampled_from([1, 100, 1 << 20])))
         patch.setattr(home_reader, "EDGE_BYTES", data.draw(st.sampled_from([1, 1 << 20])))
+        patch.setattr(home_reader, "BLOCK_BYTES", data.draw(st.sampled_from([1, 1 << 20])))
+        patch.setattr(home_reader, "BLOCK_CHUNKS", data.draw(st.sampled_from([0, 1, 2])))
         damage, homes = read(backend, parts, specs, (turn, 3))
     assert damage == []
     for spec in (spec for spec in specs if spec.nbytes):
