@@ -213,31 +213,35 @@ class CheckpointManager:
 
         Raises:
             CheckpointNotFound: nothing is committed, or not that step.
-            CheckpointMismatch: names, shapes or dtypes differ, all of them listed; nothing was changed.
+            CheckpointMismatch: names, shapes or dtypes differ, all of them listed.
             CorruptCheckpoint: no sound checkpoint is left, or that step is damaged.
-            NewerFormat: it needs a later version of this package; nothing was changed.
+            NewerFormat: it needs a later version of this package.
             LoadFailed: some rank could not read it, or not fill its state.
+            StorageError: no rank could read it.
+
+            Nothing was changed, unless the message says that tensors of the state hold bytes of what could not be loaded.
         """
         self._check_open()
         if isinstance(state, bytes):
             raise InvalidArgument("bytes cannot be filled in place; use load_checkpoint")
-        self._loads += 1
-        self._saver.wait()
-        key = f"load/{self._loads}"
-        loaded = restore.load(
-            self._backend,
-            self.name,
-            self._members,
-            state,
-            step,
-            key,
-            keys,
-            strict,
-            all_or_nothing,
-            on_damage=self._lineage.distrust,
-        )
-        self._lineage.follow(loaded.info.key, loaded.newest)
-        self._saver.health.note_good()
+        with self._saver.alone():
+            self._loads += 1
+            self._saver.wait()
+            key = f"load/{self._loads}"
+            loaded = restore.load(
+                self._backend,
+                self.name,
+                self._members,
+                state,
+                step,
+                key,
+                keys,
+                strict,
+                all_or_nothing,
+                on_damage=self._lineage.distrust,
+            )
+            self._lineage.follow(loaded.info.key, loaded.newest)
+            self._saver.health.note_good()
         return loaded.info
 
     def load_checkpoint(

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import inspect
 import math
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -358,3 +359,30 @@ def test_a_job_that_was_replaced_does_not_train_on_without_saving(tmp_path):
             old.save_async(STATE, 4)
         with pytest.raises(CommitConflict):
             old.close()
+
+
+def test_threads_that_save_and_load_take_turns(tmp_path):
+    failures: list[BaseException] = []
+    with dt.CheckpointManager(tmp_path, timeout=60) as manager:
+        manager.save({"a": torch.ones(10)}, 1)
+
+        def load() -> None:
+            for _ in range(20):
+                manager.load({"a": torch.zeros(10)})
+
+        def save() -> None:
+            for step in range(2, 22):
+                manager.save({"a": torch.ones(10)}, step)
+
+        def kept(work) -> None:
+            try:
+                work()
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=kept, args=(work,)) for work in (load, load, save)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not failures

@@ -121,7 +121,7 @@ async def read_record(backend: StorageBackend, path: str) -> bytes:
     try:
         return bytes(await reread(partial(backend.read, path)))
     except StorageError as error:
-        if not is_unreadable(error):
+        if not is_unreadable(backend, error):
             raise
         raise _damaged(Damage(path, None, 0, await _size(backend, path), "a file", UNREADABLE)) from error
 
@@ -218,7 +218,9 @@ async def pick(
     async def choose(keys: Sequence[CommitKey]) -> tuple[Commit, CommitKey]:
         top = await _newest_of(backend, name, keys)
         if top is None:
-            raise CheckpointNotFound(f"there is no checkpoint called {name} here")
+            raise CheckpointNotFound(
+                f"there is no checkpoint called {name} in {backend!r}; `dtruntime ls` lists what there is"
+            )
         damage: list[Damage] = []
         for key in reversed(keys):
             if key in rejected or step not in (None, key.step):
@@ -232,7 +234,7 @@ async def pick(
             newest = f"the newest of {len(there)} steps are {there[-10:]}"
             raise CheckpointNotFound(f"there is no checkpoint {name} of step {step}; {newest}")
         raise CorruptCheckpoint(
-            f"every checkpoint called {name} is damaged; none can be loaded; `dtruntime verify` lists the damage",
+            f"every checkpoint called {name} is damaged; none can be loaded; `dtruntime verify --all` lists the damage",
             damage,
         )
 
@@ -350,7 +352,7 @@ async def _check_length(backend: StorageBackend, path: str, length: int) -> None
     except NotFound as error:
         raise _damaged(Damage(path, None, 0, 0, "a file", "missing")) from error
     except StorageError as error:
-        if not is_unreadable(error):
+        if not is_unreadable(backend, error):
             raise
         raise _damaged(Damage(path, None, 0, length, f"{length} bytes", UNREADABLE)) from error
     if size != length:

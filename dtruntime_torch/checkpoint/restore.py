@@ -32,6 +32,7 @@ from dtruntime_torch.checkpoint.manifest import Commit
 from dtruntime_torch.checkpoint.names import CommitKey
 from dtruntime_torch.errors import (
     CheckpointMismatch,
+    CheckpointNotFound,
     CorruptCheckpoint,
     Damage,
     DTRuntimeError,
@@ -115,18 +116,14 @@ def load(
 
     def attempt(number: int, rejected: Rejected, notes: list[str]) -> Loaded | None:
         one = _Load(backend, name, members, f"{key}/{number}")
-        try:
-            return one.try_one(state, (step, keys, strict, all_or_nothing), rejected, notes, touched)
-        except _Damaged as damaged:
-            _reject(damaged, step, rejected, notes, on_damage)
-            return None
+        with _telling_what_is_touched(touched):
+            try:
+                return one.try_one(state, (step, keys, strict, all_or_nothing), rejected, notes, touched)
+            except _Damaged as damaged:
+                _reject(damaged, step, rejected, notes, on_damage)
+                return None
 
-    try:
-        return _until_loaded(name, members.rank == 0, attempt)
-    except DTRuntimeError as error:
-        if touched:
-            error.args = (f"{error}; {HALF_FILLED}", *error.args[1:])
-        raise
+    return _until_loaded(name, members.rank == 0, attempt)
 
 
 def load_fresh(
@@ -292,10 +289,26 @@ class _Load:
 
         failures = self._barrier.meet(key, message.encode(), collect).decode()
         if failures:
-            raise LoadFailed(f"the state could not be filled: {failures}") from this.error
+            raise LoadFailed(f"the state could not be filled: {failures}; {HALF_FILLED}") from this.error
 
     def _is_there(self, commit: Commit) -> bool:
         return run_sync(_is_committed(self._backend, commit))
+
+
+@contextmanager
+def _telling_what_is_touched(touched: Collection[str]) -> Iterator[None]:
+    """Says in an error of the body that the state is half filled, if it is."""
+    try:
+        yield
+    except CheckpointNotFound as error:
+        if not touched:
+            raise
+        # Whoever begins anew where there is no checkpoint must not do so with this state.
+        raise LoadFailed(f"{error}; {HALF_FILLED}") from error
+    except DTRuntimeError as error:
+        if touched and HALF_FILLED not in str(error):
+            error.args = (f"{error}; {HALF_FILLED}", *error.args[1:])
+        raise
 
 
 @contextmanager

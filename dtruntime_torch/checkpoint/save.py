@@ -90,7 +90,7 @@ class Saver:
 
     def prepare(self, state: object) -> None:
         """Agrees on the structure of `state` and makes room for it, so that the first save finds it done."""
-        with self._alone():
+        with self.alone():
             key = self._next_key()
             with self._declining(key):
                 self.wait()
@@ -98,7 +98,7 @@ class Saver:
 
     def start(self, state: object, step: object, metadata: object) -> SaveHandle:
         """Takes the snapshot and lets the rest go on in the background."""
-        with self._alone():
+        with self.alone():
             began = time.perf_counter()
             metrics = SaveMetrics()
             key = self._next_key()
@@ -115,7 +115,7 @@ class Saver:
 
     def prune(self, dry_run: bool) -> PruneReport:
         """Deletes what is not to stay, once the save that is under way has ended."""
-        with self._alone():
+        with self.alone():
             self.wait()
             return self._publisher.prune(dry_run)
 
@@ -141,7 +141,7 @@ class Saver:
         Raises:
             DTRuntimeError: the last save failed and nobody was told yet.
         """
-        with self._alone():
+        with self.alone():
             self.wait()
             self._executor.shutdown()
             self._stager = Stager(_C.Arena(0), self._policies.chunk_bytes)
@@ -151,7 +151,7 @@ class Saver:
                 raise failure
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def alone(self) -> Iterator[None]:
         """Keeps other threads out; refuses a signal handler that interrupted this thread in here."""
         if self._inside == threading.get_ident():
             raise InvalidArgument(

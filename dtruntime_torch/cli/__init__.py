@@ -10,7 +10,8 @@ from dtruntime_torch.errors import MissingExtra
 def main() -> None:
     """Runs the command that the arguments of this process name, and exits.
 
-    The status is 0 when all is well, 1 when something is damaged or of a later version, 2 when nothing can be said: wrong usage, no
+    The status is 0 when all is well, 1 when something is damaged or of a later version, differs (`diff`) or stayed that should
+    have gone (`prune`, `drop`), 2 when nothing can be said: wrong usage, no
     checkpoint there, a storage that fails, or an extra that is not installed.
     """
     try:

@@ -119,6 +119,18 @@ class StorageBackend(Protocol):
         """
 
 
+def reads_chunks(backend: StorageBackend) -> ReadsChunks | None:
+    """The backend as what reads chunks, if it does.
+
+    One that inherits that, but reads in a way of its own, as one that decrypts must, is asked for what it says itself.
+    """
+    if not isinstance(backend, ReadsChunks):
+        return None
+    kinds = type(backend).__mro__
+    depth = {name: i for i, kind in reversed([*enumerate(kinds)]) for name in vars(kind)}
+    return backend if depth.get("read_chunks", 0) <= depth.get("read_range", 0) else None
+
+
 @runtime_checkable
 class ReadsChunks(Protocol):
     """What a backend may have besides: reads straight to where the bytes belong, digested on the way.

@@ -13,7 +13,7 @@ import pytest
 from typing_extensions import Buffer
 
 from dtruntime_torch.errors import AlreadyExists, InvalidArgument, NotFound, StorageError
-from dtruntime_torch.storage import LocalBackend, run_sync
+from dtruntime_torch.storage import LocalBackend, MemoryBackend, run_sync
 from dtruntime_torch.storage.arguments import temporary_name
 from dtruntime_torch.storage.failures import explained
 from dtruntime_torch.storage.rereads import is_unreadable
@@ -150,7 +150,7 @@ def test_an_error_that_has_no_errno_is_not_taken_for_a_bad_sector():
     error = pytest.raises(StorageError, match="could not read here: something odd")
     with error as caught, explained("read", "here"):
         raise OSError("something odd")
-    assert caught.value.errno is None and not is_unreadable(caught.value)
+    assert caught.value.errno is None and not is_unreadable(MemoryBackend(), caught.value)
 
 
 def test_a_temporary_file_that_cannot_be_removed_hides_no_error(tmp_path: Path, caplog) -> None:

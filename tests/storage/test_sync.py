@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import os
+import signal
 import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -150,3 +153,52 @@ def test_a_save_in_a_thread_of_its_own_still_ends_when_the_program_does(tmp_path
         """)
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, timeout=60)
     assert (tmp_path / "file").read_bytes() == b"saved"
+
+
+@pytest.fixture
+def interrupting() -> Iterator[threading.Event]:
+    """Lets SIGUSR1 interrupt the main thread; set when it has."""
+    interrupted = threading.Event()
+
+    def interrupt(*_: object) -> None:
+        interrupted.set()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    yield interrupted
+    signal.signal(signal.SIGUSR1, before)
+
+
+def until_the_main_thread_waits() -> None:
+    """An interrupt between two lines of a clean-up is lost on it, as on any in Python; here it comes while that waits."""
+    seen = 0
+    for _ in range(60_000):
+        frame = sys._current_frames()[threading.main_thread().ident or 0]
+        seen = seen + 1 if frame.f_code.co_name in ("select", "wait", "_wait_for_tstate_lock") else 0
+        if seen == 3:
+            return
+        threading.Event().wait(0.001)
+    raise AssertionError("the main thread does not wait")
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["alone", "inside a running loop"])
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_interrupt_leaves_no_work_behind(interrupting: threading.Event, inside: bool, times: int) -> None:
+    started, ended = threading.Event(), threading.Event()
+
+    def work() -> None:
+        started.set()
+        for _ in range(times):
+            until_the_main_thread_waits()
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert interrupting.wait(60)
+            interrupting.clear()
+        sum(range(2_000_000))  # what goes on for a while after that
+        ended.set()
+
+    async def outer() -> None:
+        run_sync(in_thread(work))
+
+    with pytest.raises(KeyboardInterrupt):
+        run_sync(outer()) if inside else run_sync(in_thread(work))
+    assert ended.is_set()

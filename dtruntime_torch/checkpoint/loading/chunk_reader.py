@@ -211,7 +211,7 @@ class _Reader:
         except NotFound:
             return MISSING
         except StorageError as error:
-            if is_unreadable(error):
+            if is_unreadable(self._backend, error):
                 return UNREADABLE
             size = await self._size(known)
             if isinstance(size, str) or size < offset + length:
@@ -225,7 +225,7 @@ class _Reader:
         except NotFound:
             return MISSING
         except StorageError as error:
-            if is_unreadable(error):
+            if is_unreadable(self._backend, error):
                 return UNREADABLE
             raise
 
@@ -236,7 +236,7 @@ class _Reader:
         try:
             return await reread(read)
         except StorageError as error:
-            if is_unreadable(error):
+            if is_unreadable(self._backend, error):
                 self._unreadable.add(known.path)
             raise
 

@@ -155,6 +155,11 @@ class _HomeReader:
                     self._reader.read_chunks, f"{self._name}/{path}", offsets, targets, chunk_bytes
                 )
                 found = await reread(read)
+                needed = sum(digest_length(run.length, chunk_bytes) for run, _ in pairs)
+                if len(found) != needed:
+                    raise StorageError(
+                        f"{self._name}/{path} gave {len(found)} bytes of digests, not {needed}"
+                    )
             except StorageError as error:
                 self.suspects.setdefault(path, error)
                 continue

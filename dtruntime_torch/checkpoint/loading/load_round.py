@@ -25,7 +25,7 @@ from dtruntime_torch.checkpoint.loading.targets import Targets, Wanted, bind_tar
 from dtruntime_torch.checkpoint.manifest import Commit
 from dtruntime_torch.errors import CorruptCheckpoint
 from dtruntime_torch.storage import StorageBackend, run_sync
-from dtruntime_torch.storage.backend import ReadsChunks
+from dtruntime_torch.storage.backend import reads_chunks
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class LoadRound:
         self._shares: Shares | None = None
         self._staged = Staged()
         self._ranks: tuple[int, ...] = (rank,)
-        self._reader = backend if isinstance(backend, ReadsChunks) else None
+        self._reader = reads_chunks(backend)
         self._touched = touched
         self.error: Exception | None = None
         self.memory: dict[int, _C.Arena] | None = None

@@ -177,9 +177,9 @@ class _StateTarget:
 
     def fill(self, states: dict[str, list[SavedLeaf]], loaded: Loaded) -> None:
         """Makes the state of each parameter what was saved of it; of one without saved state, none."""
-        for name, parameter in self._parameters.items():
-            if name not in states:
-                self._state.pop(parameter, None)
+        stays = {id(self._parameters.get(name, name)) for name in states}
+        for key in [key for key in self._state if id(key) not in stays and key not in states]:
+            del self._state[key]
         for name, leaves in states.items():
             new = rewrapped(nest(leaves, self._depth, lambda leaf: self._value_of(leaf, loaded, self._place)))
             key = self._parameters.get(name, name)

@@ -154,6 +154,21 @@ def test_a_storage_that_fails_is_no_damage(stored) -> None:
         read(backend, parts, whole_specs(index_parts(parts, 0)))
 
 
+def test_too_few_digests_are_no_success(stored) -> None:
+    backend, parts = stored
+
+    class Terse(Chunked):
+        async def read_chunks(self, *arguments, **more) -> bytes:
+            return (await super().read_chunks(*arguments, **more))[:16]
+
+    for entry in run_sync(backend.list("")):
+        path = entry.path
+    terse = Terse()
+    run_sync(terse.write(path, run_sync(backend.read(path))))
+    with pytest.raises(StorageError, match="16 bytes of digests, not 80"):
+        read(terse, parts, whole_specs(index_parts(parts, 0)))
+
+
 def test_no_read_is_left_under_way(stored) -> None:
     backend, parts = stored
 

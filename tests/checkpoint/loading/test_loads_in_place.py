@@ -11,10 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from typing_extensions import Buffer
 
 import dtruntime_torch as dt
-from dtruntime_torch.errors import CheckpointMismatch, CorruptCheckpoint, InvalidArgument, StorageError
+from dtruntime_torch.errors import (
+    CheckpointMismatch,
+    CorruptCheckpoint,
+    InvalidArgument,
+    LoadFailed,
+    StorageError,
+)
 from dtruntime_torch.storage import LocalBackend
+from dtruntime_torch.storage.arguments import as_views
+from dtruntime_torch.storage.backend import Data
 from dtruntime_torch.storage.system_calls import SystemCalls
 
 HALF = "tensors of the state hold bytes of what could not be loaded"
@@ -203,6 +212,73 @@ def test_an_optimizer_that_the_older_step_lacks_is_no_mixture(tmp_path: Path) ->
         warnings.simplefilter("ignore")
         with pytest.raises(CheckpointMismatch, match="exp_avg: holds bytes of a newer step"):
             manager.load({"model": model, "optimizer": optimizer}, strict=False)
+
+
+def test_what_an_optimizer_keeps_under_a_name_goes_with_the_rest_of_its_state(tmp_path: Path) -> None:
+    def make(average: float | None) -> dict[str, object]:
+        model = make_model(1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if average is not None:
+            state: dict[object, object] = optimizer.state  # type: ignore[assignment]
+            state["shared"] = {"average": torch.full((5000,), average)}
+        return {"model": model, "optimizer": optimizer}
+
+    with dt.CheckpointManager(tmp_path, chunk_bytes=4096) as manager:
+        manager.save(make(None), 1)
+        newest = manager.save(make(2), 2)
+    flip(tmp_path, newest)
+    state = make(0)
+    with dt.CheckpointManager(tmp_path) as manager, pytest.warns(RuntimeWarning, match="step 2"):
+        assert manager.load(state).step == 1
+    optimizer = state["optimizer"]
+    assert isinstance(optimizer, torch.optim.Optimizer) and "shared" not in optimizer.state
+
+
+def test_where_the_only_checkpoint_goes_while_it_is_read_nobody_is_told_to_begin_anew(tmp_path: Path) -> None:
+    save(tmp_path, 3)
+
+    class Vanishing(Watched):
+        """Takes the commit away, and with it what makes a difference damage."""
+
+        def read_and_digest(
+            self, path: str, offsets: Sequence[int], into: Sequence[memoryview], chunk_bytes: int
+        ) -> bytes:
+            for commit in tmp_path.glob("model/commits/*"):
+                commit.unlink()
+            return bytes(len(super().read_and_digest(path, offsets, into, chunk_bytes)))
+
+    backend = LocalBackend(tmp_path, calls=Vanishing())
+    with dt.CheckpointManager(backend) as manager, pytest.raises(LoadFailed, match=HALF):
+        manager.load({"model": make_model(0)})
+
+
+def test_a_backend_that_reads_in_its_own_way_is_not_read_past_it(tmp_path: Path) -> None:
+    class Inverting(LocalBackend):
+        """Stores every byte inverted."""
+
+        async def write(self, path: str, data: Data) -> None:
+            await super().write(path, bytes(255 - byte for byte in b"".join(as_views(data))))
+
+        async def create(self, path: str, data: Data) -> None:
+            await super().create(path, bytes(255 - byte for byte in b"".join(as_views(data))))
+
+        async def read(self, path: str) -> bytes:
+            return bytes(255 - byte for byte in bytes(await super().read(path)))
+
+        async def read_range(
+            self, path: str, offset: int, length: int, *, into: memoryview | None = None
+        ) -> Buffer:
+            data = bytes(255 - byte for byte in bytes(await super().read_range(path, offset, length)))
+            if into is None:
+                return data
+            into.cast("B")[:] = data
+            return into
+
+    model = make_model(0)
+    with dt.CheckpointManager(Inverting(tmp_path)) as manager:
+        manager.save({"model": make_model(3)}, 1)
+        manager.load({"model": model})
+    assert values_of(model) == [3, 4, 5, 6]
 
 
 def test_a_file_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:

@@ -91,6 +91,16 @@ def test_what_cannot_be_read_sends_all_ranks_to_the_step_before(pattern: str) ->
 
 
 @pytest.mark.parametrize("pattern", FILES)
+def test_over_a_network_it_is_an_outage_and_no_load_falls_back(pattern: str) -> None:
+    backend, ranks = saved(1)
+    backend.settle_seconds = 90.0
+    backend.when("read*", pattern, unreadable(1), nth=None)
+    (result,), (found,) = load_all(ranks)
+    assert isinstance(result, StorageError) and not isinstance(result, CorruptCheckpoint), result
+    assert is_state(found, 0)
+
+
+@pytest.mark.parametrize("pattern", FILES)
 def test_a_step_that_cannot_be_read_is_corrupt_where_it_was_asked_for(pattern: str) -> None:
     backend, ranks = saved()
     backend.when("read*", pattern, unreadable(1), nth=None)
