@@ -1,9 +1,9 @@
 """Loads of 512 MiB into a model that is there: ours, digests checked, against the loads that torch users have.
 
 "one": a process alone. "two": two processes that hold the same model, as under DDP; their peers read the whole file in
-each. "joined": two ranks saved shards of rows (as FSDP2 does), one process loads whole tensors. "columns": two ranks saved
-shards of rows and load shards of columns, which is the worst case. On the disk the page cache lets go of all files before
-each load; on tmpfs there is no other storage below.
+each. "rows": two ranks saved shards of rows and load the same, as with FSDP2 that goes on. "joined": they saved shards of
+rows, one process loads whole tensors. "columns": they saved shards of rows and load shards of columns, the worst case. On the
+disk the page cache lets go of all files before each load; on tmpfs there is no other storage below.
 
 The disk is that of `tempfile.gettempdir()`: set TMPDIR to measure another one.
 """
@@ -109,6 +109,11 @@ class Loads:
             for parameter in self.model().parameters():
                 file.readinto(parameter.detach().numpy().data)
 
+    @cache  # noqa: B019
+    def rows(self) -> State:
+        """What is filled with the shards that were saved."""
+        return make_shards(1, 0)
+
     def torch_load(self) -> None:
         """Maps the file."""
         self.model().load_state_dict(torch.load(self._path / "whole.pt", mmap=True))
@@ -131,6 +136,10 @@ class Loads:
             {"model": dict(self.model().state_dict())}, checkpoint_id=self._path / "rows.dcp", no_dist=True
         )
 
+    def dcp_rows(self) -> None:
+        """In place, the shards that were saved."""
+        dcp_load({"model": self.rows()}, checkpoint_id=self._path / "rows.dcp")
+
     def dcp_columns(self) -> None:
         """In place, shards from other shards."""
         dcp_load({"model": self.columns()}, checkpoint_id=self._path / "rows.dcp")
@@ -142,6 +151,10 @@ class Loads:
     def ours_joined(self) -> None:
         """In place, from shards."""
         self._manager("rows.dt").load({"model": self.model()})
+
+    def ours_rows(self) -> None:
+        """In place, the shards that were saved."""
+        self._manager("rows.dt").load({"model": self.rows()})
 
     def ours_columns(self) -> None:
         """In place, shards from other shards."""
@@ -254,6 +267,7 @@ WAYS = (
     ("two", by_two, "ours_whole", "torch_load", "torch.load(mmap=True), load_state_dict, in each"),
     ("two", by_two, "ours_whole", "safetensors_load", "safetensors load_file, load_state_dict, in each"),
     ("two", by_two, "ours_whole", "dcp_whole", "dcp.load"),
+    ("rows", by_two, "ours_rows", "dcp_rows", "dcp.load"),
     ("joined", alone, "ours_joined", "dcp_joined", "dcp.load"),
     ("columns", by_two, "ours_columns", "dcp_columns", "dcp.load"),
 )
