@@ -75,9 +75,19 @@ def merge(ranges: Sequence[Range]) -> tuple[Range, ...]:
 def span_of(entry: TensorEntry, item: ReadItem) -> Range:
     """The first byte of a box within the stored shard, and one past its last."""
     strides = _strides(entry.shape, itemsize(entry.dtype))
-    first = sum(at * stride for at, stride in zip(item.source, strides, strict=True))
+    first = offset_of(item.source, entry.shape, itemsize(entry.dtype))
     reach = sum((size - 1) * stride for size, stride in zip(item.shape, strides, strict=True))
     return first, first + reach + itemsize(entry.dtype)
+
+
+def offset_of(offsets: Shape, shape: Shape, size: int) -> int:
+    """The first byte of an element of so many bytes in an array, row by row.
+
+    Example:
+        >>> offset_of((1, 2), (3, 10), 4)
+        48
+    """
+    return sum(at * stride for at, stride in zip(offsets, _strides(shape, size), strict=True))
 
 
 def runs_of(parts: Mapping[int, Part], needs: Needs) -> list[Run]:
@@ -116,7 +126,7 @@ def _chunks_of(entry: TensorEntry, item: ReadItem, chunk_bytes: int) -> list[Ran
     while axis > 0 and strides[axis - 1] - length < chunk_bytes:
         axis -= 1
         length += (item.shape[axis] - 1) * strides[axis]
-    first = sum(at * stride for at, stride in zip(item.source, strides, strict=True))
+    first = offset_of(item.source, entry.shape, itemsize(entry.dtype))
     rows = [range(0, item.shape[i] * strides[i], strides[i]) for i in range(axis)]
     starts = (first + sum(moves) for moves in itertools.product(*rows))
     return [(at // chunk_bytes, -(-(at + length) // chunk_bytes)) for at in starts]

@@ -14,7 +14,8 @@ from typing import TypeVar
 from typing_extensions import Buffer
 
 from dtruntime_torch import _C
-from dtruntime_torch.checkpoint.format.records import FileRef, Part
+from dtruntime_torch.checkpoint.format.records import FileRef, Part, TensorEntry
+from dtruntime_torch.checkpoint.loading.chunk_needs import Run
 from dtruntime_torch.checkpoint.loading.read_requests import (
     Piece,
     Request,
@@ -71,6 +72,30 @@ async def check_part(
     pieces = pieces_by_file(part, range(len(part.tensors)))
     of_files = {file: pieces.get(file, []) for file in range(len(part.files))}
     return await _Reader(backend, name, part, on_bytes).read_files(of_files)
+
+
+def changed_chunks(
+    path: str, entry: TensorEntry, chunk_bytes: int, place: Piece | Run, found: bytes
+) -> Iterator[Damage]:
+    """Compares the digests of whole chunks with those that were committed.
+
+    Args:
+        path: of the file, from the root of the storage.
+        entry: the stored tensor that they are of.
+        chunk_bytes: size of a chunk.
+        place: where they lie in the tensor and in the file.
+        found: their digests, as they were read.
+    """
+    first = place.start // chunk_bytes * DIGEST_BYTES
+    expected = entry.digests[first : first + len(found)]
+    if expected == found:
+        return
+    for number, at in enumerate(range(0, len(found), DIGEST_BYTES)):
+        here, there = expected[at : at + DIGEST_BYTES], found[at : at + DIGEST_BYTES]
+        if here != there:
+            start = place.offset + number * chunk_bytes
+            stop = min(start + chunk_bytes, place.offset + place.length)
+            yield Damage(path, entry.fqn, start, stop, here.hex(), there.hex())
 
 
 class _Reader:
@@ -155,23 +180,11 @@ class _Reader:
         damage: list[Damage] = []
         done = 0
         for piece in pieces:
-            entry = self._part.tensors[piece.entry]
-            first = piece.start // chunk_bytes * DIGEST_BYTES
             size = digest_length(piece.length, chunk_bytes)
-            expected, actual = entry.digests[first : first + size], found[done : done + size]
+            path, entry = self._path(self._part.files[request.file]), self._part.tensors[piece.entry]
+            damage += changed_chunks(path, entry, chunk_bytes, piece, found[done : done + size])
             done += size
-            if expected != actual:
-                damage += self._damaged_chunks(request.file, piece, expected, actual)
         return damage
-
-    def _damaged_chunks(self, file: int, piece: Piece, expected: bytes, actual: bytes) -> Iterator[Damage]:
-        path, chunk_bytes = self._path(self._part.files[file]), self._part.chunk_bytes
-        tensor, end = self._part.tensors[piece.entry].fqn, piece.offset + piece.length
-        for number, at in enumerate(range(0, len(expected), DIGEST_BYTES)):
-            here, there = expected[at : at + DIGEST_BYTES], actual[at : at + DIGEST_BYTES]
-            if here != there:
-                start = piece.offset + number * chunk_bytes
-                yield Damage(path, tensor, start, min(start + chunk_bytes, end), here.hex(), there.hex())
 
     def _check_length(self, known: FileRef, size: int) -> list[Damage]:
         if size == known.length:

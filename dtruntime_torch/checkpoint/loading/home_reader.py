@@ -6,9 +6,10 @@ Where something is wrong with a file, `chunk_reader` goes over it once more and 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -17,11 +18,13 @@ from dtruntime_torch.checkpoint.format.records import Part
 from dtruntime_torch.checkpoint.loading.assembly import Staged, scatter
 from dtruntime_torch.checkpoint.loading.chunk_needs import Needs, Run, needs_of, runs_of, span_of
 from dtruntime_torch.checkpoint.loading.landings import Landing, Landings, from_turn
-from dtruntime_torch.checkpoint.loading.share_reader import Suspects, changed_chunks, check_headers, explain
+from dtruntime_torch.checkpoint.loading.share_reader import Suspects, check_headers, damage_of, explain
 from dtruntime_torch.checkpoint.specs import LoadPlan, ReadItem, digest_length
 from dtruntime_torch.errors import Damage, StorageError
 from dtruntime_torch.storage.backend import ReadsChunks, StorageBackend
 from dtruntime_torch.storage.rereads import reread
+
+T = TypeVar("T")
 
 # Bytes of a call: enough to keep all threads busy, and soon over when a load is given up.
 CALL_BYTES = 256 << 20
@@ -100,12 +103,12 @@ class _HomeReader:
         self.suspects |= await check_headers(self._backend, self._name, self._parts, paths)
 
     async def read_straight(self, landings: Sequence[Landing]) -> None:
-        for some in _in_calls(landings, CALL_BYTES):
+        for some in _together(landings, _nbytes_of, CALL_BYTES):
             await self._read([(one.run, self._place(one)) for one in some])
 
     async def read_edges(self, landings: Sequence[Landing]) -> None:
         """Reads chunks of which a part is wanted beside the tensors, and copies that part."""
-        for some in _in_calls(landings, EDGE_BYTES):
+        for some in _together(landings, _nbytes_of, EDGE_BYTES):
             placed = self._beside([one.run for one in some])
             await self._read(placed)
             for landing, (_, memory) in zip(some, placed, strict=True):
@@ -114,13 +117,33 @@ class _HomeReader:
 
     async def read_scattered(self, fqn: str, items: Sequence[ReadItem]) -> None:
         """Reads the chunks of a shard beside it, some rows at a time, and copies its boxes."""
-        for some in _in_blocks(items, self._parts):
+        limit = max(BLOCK_BYTES, BLOCK_CHUNKS * max(self._parts[item.rank].chunk_bytes for item in items))
+        pieces = (piece for item in items for piece in self._rows_of(item, limit))
+        for some in _together(pieces, self._stored_span, limit):
             placed = self._beside(runs_of(self._parts, self._needs(some)))
             await self._read(placed)
             staged = Staged()
             for run, memory in placed:
                 staged.add([(run, 0)], memory)
             scatter(self._homes[fqn], some, self._parts, staged)
+
+    def _rows_of(self, item: ReadItem, limit: int) -> Iterator[ReadItem]:
+        """Cuts a box into some rows each, for which about that many stored bytes are read.
+
+        A chunk in which one ends and the next begins is read twice; they are some chunks long, so that this is little.
+        """
+        step = max(1, item.shape[0] * limit // self._stored_span(item))
+        for row in range(0, item.shape[0], step):
+            yield replace(
+                item,
+                source=(item.source[0] + row, *item.source[1:]),
+                target=(item.target[0] + row, *item.target[1:]),
+                shape=(min(step, item.shape[0] - row), *item.shape[1:]),
+            )
+
+    def _stored_span(self, item: ReadItem) -> int:
+        start, stop = span_of(self._parts[item.rank].tensors[item.entry], item)
+        return stop - start
 
     def _needs(self, items: Sequence[ReadItem]) -> Needs:
         return needs_of(LoadPlan(tuple(items)), self._parts)
@@ -163,55 +186,25 @@ class _HomeReader:
             except StorageError as error:
                 self.suspects.setdefault(path, error)
                 continue
-            done = 0
-            for run, _ in pairs:
-                size = digest_length(run.length, chunk_bytes)
-                self.damage += changed_chunks(self._name, self._parts, run, found[done : done + size])
-                done += size
+            self.damage += damage_of(self._name, self._parts, (run for run, _ in pairs), chunk_bytes, found)
 
     def _file_of(self, pair: tuple[Run, memoryview]) -> tuple[str, int]:
         run, _ = pair
         return run.path, self._parts[run.part].chunk_bytes
 
 
-def _in_blocks(items: Iterable[ReadItem], parts: Mapping[int, Part]) -> Iterator[list[ReadItem]]:
-    """Takes boxes in turn, cut into rows, about `BLOCK_BYTES` of what is stored at a time.
+def _nbytes_of(landing: Landing) -> int:
+    return landing.run.length
 
-    A chunk in which one block ends and the next begins is read twice; a block is some chunks long, so that this is little.
-    """
-    some: list[ReadItem] = []
+
+def _together(things: Iterable[T], size_of: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """Takes things in turn, about that many bytes at a time."""
+    some: list[T] = []
     total = 0
-    for item in items:
-        entry, chunk_bytes = parts[item.rank].tensors[item.entry], parts[item.rank].chunk_bytes
-        start, stop = span_of(entry, item)
-        limit = max(BLOCK_BYTES, BLOCK_CHUNKS * chunk_bytes)
-        step = max(1, item.shape[0] * limit // (stop - start))
-        for row in range(0, item.shape[0], step):
-            rows = min(step, item.shape[0] - row)
-            some.append(
-                replace(
-                    item,
-                    source=(item.source[0] + row, *item.source[1:]),
-                    target=(item.target[0] + row, *item.target[1:]),
-                    shape=(rows, *item.shape[1:]),
-                )
-            )
-            total += (stop - start) * rows // item.shape[0]
-            if total >= limit:
-                yield some
-                some, total = [], 0
-    if some:
-        yield some
-
-
-def _in_calls(landings: Iterable[Landing], nbytes: int) -> Iterator[list[Landing]]:
-    """Takes landings in turn, about that many bytes at a time."""
-    some: list[Landing] = []
-    total = 0
-    for landing in landings:
-        some.append(landing)
-        total += landing.run.length
-        if total >= nbytes:
+    for thing in things:
+        some.append(thing)
+        total += size_of(thing)
+        if total >= limit:
             yield some
             some, total = [], 0
     if some:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from dtruntime_torch.checkpoint.dtypes import itemsize
 from dtruntime_torch.checkpoint.format.records import Part
-from dtruntime_torch.checkpoint.loading.chunk_needs import Run, runs_of, span_of
+from dtruntime_torch.checkpoint.loading.chunk_needs import Run, offset_of, runs_of, span_of
 from dtruntime_torch.checkpoint.specs import LoadPlan, ReadItem, Shape
 
 PIECE_BYTES = 32 << 20
@@ -95,7 +94,7 @@ def from_turn(landings: list[Landing], turn: int, turns: int) -> list[Landing]:
 def _land(item: ReadItem, part: Part) -> Iterator[Landing]:
     entry, chunk_bytes = part.tensors[item.entry], part.chunk_bytes
     start, stop = span_of(entry, item)
-    at = _offset_of(item.target, item.wanted.shape, itemsize(entry.dtype))
+    at = offset_of(item.target, item.wanted.shape, itemsize(entry.dtype))
     chunks = ((start // chunk_bytes, -(-stop // chunk_bytes)),)
     for run in runs_of({item.rank: part}, {(item.rank, item.entry): chunks}):
         for piece in _cut(run, start, stop, chunk_bytes):
@@ -131,7 +130,3 @@ def _is_contiguous(box: Shape, shape: Shape) -> bool:
     while axis > 0 and box[axis] == shape[axis]:
         axis -= 1
     return all(size == 1 for size in box[:axis])
-
-
-def _offset_of(offsets: Shape, shape: Shape, size: int) -> int:
-    return size * sum(at * math.prod(shape[axis + 1 :]) for axis, at in enumerate(offsets))

@@ -16,9 +16,9 @@ from functools import partial
 from dtruntime_torch import _C
 from dtruntime_torch.checkpoint.format.records import FileRef, Part
 from dtruntime_torch.checkpoint.loading.chunk_needs import Run
-from dtruntime_torch.checkpoint.loading.chunk_reader import check_entries
+from dtruntime_torch.checkpoint.loading.chunk_reader import changed_chunks, check_entries
 from dtruntime_torch.checkpoint.loading.placement import Fetch, Placement
-from dtruntime_torch.checkpoint.specs import DIGEST_BYTES, digest_length
+from dtruntime_torch.checkpoint.specs import digest_length
 from dtruntime_torch.errors import Damage, StorageError
 from dtruntime_torch.storage.backend import StorageBackend
 from dtruntime_torch.storage.rereads import reread
@@ -121,27 +121,24 @@ async def read_into(backend: StorageBackend, place: str, offset: int, into: memo
         raise StorageError(f"{place} gave {got} of {into.nbytes} bytes at {offset}")
 
 
-def changed_chunks(name: str, parts: Mapping[int, Part], run: Run, found: bytes) -> Iterator[Damage]:
-    """Compares the digests of a run's chunks with those that were committed.
+def damage_of(
+    name: str, parts: Mapping[int, Part], runs: Iterable[Run], chunk_bytes: int, found: bytes
+) -> Iterator[Damage]:
+    """Compares the digests of runs with those that were committed.
 
     Args:
         name: of the checkpoint.
         parts: rank that saved -> its part.
-        run: whole chunks.
-        found: their digests, as they were read.
+        runs: whole chunks.
+        chunk_bytes: the size of all of them.
+        found: the digests of their chunks, in turn, as they were read.
     """
-    part = parts[run.part]
-    entry, chunk_bytes = part.tensors[run.entry], part.chunk_bytes
-    first = run.start // chunk_bytes * DIGEST_BYTES
-    expected = entry.digests[first : first + len(found)]
-    if expected == found:
-        return
-    for number, at in enumerate(range(0, len(found), DIGEST_BYTES)):
-        here, there = expected[at : at + DIGEST_BYTES], found[at : at + DIGEST_BYTES]
-        if here != there:
-            start = run.offset + number * chunk_bytes
-            stop = min(start + chunk_bytes, run.offset + run.length)
-            yield Damage(f"{name}/{run.path}", entry.fqn, start, stop, here.hex(), there.hex())
+    done = 0
+    for run in runs:
+        size = digest_length(run.length, chunk_bytes)
+        entry, actual = parts[run.part].tensors[run.entry], found[done : done + size]
+        yield from changed_chunks(f"{name}/{run.path}", entry, chunk_bytes, run, actual)
+        done += size
 
 
 async def explain(
@@ -219,11 +216,7 @@ class _ShareReader:
             found = _C.digest_ranges(
                 self._memory, [at for _, at in pairs], [run.length for run, _ in pairs], chunk_bytes
             )
-            done = 0
-            for run, _ in pairs:
-                size = digest_length(run.length, chunk_bytes)
-                self.damage += changed_chunks(self._name, self._parts, run, found[done : done + size])
-                done += size
+            self.damage += damage_of(self._name, self._parts, (run for run, _ in pairs), chunk_bytes, found)
 
 
 def _arrived(
