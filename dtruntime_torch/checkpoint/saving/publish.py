@@ -159,6 +159,7 @@ class Publisher:
             if answer.kind != "again" or answer.attempt is None:
                 return self._conclude(snapshot, tried, answer)
             logger.warning("step %d is saved once more: %s", snapshot.step, answer.message)
+            # The pause that the leader chose for all ranks, in the thread that has nothing but this save to do.
             time.sleep(answer.delay)
             attempt, delta = answer.attempt, not answer.full
             key = f"{snapshot.key}/{attempt.number}"

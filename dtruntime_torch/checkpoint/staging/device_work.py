@@ -102,6 +102,7 @@ class DeviceWork(ABC):
             if deadline is None:
                 self._event.synchronize()
                 return True
+            # A device's event can be waited for without a limit or not at all; so it is looked at in turn.
             while not self._event.query():
                 if time.monotonic() >= deadline:
                     return False
