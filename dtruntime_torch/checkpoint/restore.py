@@ -210,7 +210,7 @@ class _Load:
         commit = Commit(**fields)
         leaders = _checked(**wanted)
         what = f"step {commit.step} of {self._name}"
-        this = LoadRound(self._backend, commit, self._members.rank, state, leaders, touched)
+        this = LoadRound(self._backend, commit, self._members, state, leaders, touched)
 
         def judge(reports: Sequence[Report]) -> Verdict:
             return load_verdicts.judge(what, reports, lambda: self._is_there(commit))
@@ -246,7 +246,9 @@ class _Load:
     ) -> bool:
         """Reads and checks all that any rank needs; False if another commit has to be tried."""
         if nodes:
-            ranks, nbytes = this.divide(nodes)
+            if not self._goes_on(self._meet("divide", lambda: this.divide(nodes), judge), commit, this):
+                return False
+            ranks, nbytes = this.common
             tag = f"dtruntime-{self._members.run_id}-{self._key.replace('/', '-')}"
             this.memory = share_memory(self._barrier, self._key, tag, ranks, nbytes)
         stages: tuple[tuple[str, Callable[[], Report]], ...] = (

@@ -116,12 +116,15 @@ class SavePlan:
         world_size: the number of ranks that save.
         tensors: in the order of the state.
         objects: in the order of the state.
+        completed_by: other ranks, ascending, which together with this one write all that this rank holds, and of each
+            other name something.
     """
 
     rank: int
     world_size: int
     tensors: tuple[WriteItem, ...]
     objects: tuple[ObjectSpec, ...]
+    completed_by: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

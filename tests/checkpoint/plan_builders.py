@@ -76,12 +76,13 @@ dtypes = st.sampled_from(["uint8", "bfloat16", "float32", "float64", "complex128
 
 
 @st.composite
-def worlds(draw: st.DrawFn) -> World:
-    """Ranks that hold plain tensors, DTensors on any mesh, objects; each of them on some of the ranks."""
+def worlds(draw: st.DrawFn, alike: bool = False) -> World:
+    """Ranks that hold plain tensors, DTensors on any mesh, objects; each of them on some of the ranks, or on all."""
     world_size = draw(st.integers(1, 6))
     held: list[State] = [{} for _ in range(world_size)]
     for number in range(draw(st.integers(0, 8))):
-        ranks = draw(st.lists(st.integers(0, world_size - 1), min_size=1, unique=True))
+        fewest = world_size if alike else 1
+        ranks = draw(st.lists(st.integers(0, world_size - 1), min_size=fewest, unique=True))
         makers: list[Maker] = [_plain, _sharded, _object]
         make = draw(st.sampled_from(makers))
         for rank, spec in make(draw, f"leaf{number}", ranks).items():

@@ -108,6 +108,7 @@ def sample_part() -> Part:
                 objects.encode({"a": (1, 2**70)}, "groups"),
             ),
         ),
+        completed_by=(0,),
     )
 
 
@@ -279,7 +280,8 @@ def parts(draw: st.DrawFn) -> Part:
         128,
         draw(st.binary(min_size=16, max_size=16)),
     )
-    return Part(rank, world_size, 7, 100, ATTEMPT, chunk_bytes, (file,), tuple(entries), values)
+    others = tuple(sorted(draw(st.sets(st.integers(0, world_size - 1))) - {rank}))
+    return Part(rank, world_size, 7, 100, ATTEMPT, chunk_bytes, (file,), tuple(entries), values, others)
 
 
 def _placed(draw: st.DrawFn, entry: TensorEntry, start: int, chunk_bytes: int) -> TensorEntry:

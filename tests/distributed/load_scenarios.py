@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,19 @@ CHUNK = 4096
 SHAPES = {"wide": (37, 2001), "tall": (2001, 37), "cube": (12, 10, 64), "small": (7,), "scalar": ()}
 
 State = dict[str, torch.Tensor]
+
+
+class PartsNotingBackend(LocalBackend):
+    """Notes of which ranks the part manifests were read."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.parts: set[int] = set()
+
+    async def read(self, path: str):
+        if found := re.search(r"/shard-(\d+)-of-\d+\.json$", path):
+            self.parts.add(int(found[1]))
+        return await super().read(path)
 
 
 class NotingBackend(LocalBackend):
@@ -81,7 +95,7 @@ def cut_as(kind: str, state: State, ranks: int) -> State:
 
 # How it is cut and by how many ranks it is saved, and who loads that.
 LOADS: dict[tuple[str, int], list[tuple[str, int]]] = {
-    ("rows", 4): [("rows", 4), ("rows", 2), ("rows", 3), ("columns", 2)],
+    ("rows", 4): [("rows", 4), ("columns", 4), ("rows", 2), ("rows", 3), ("columns", 2)],
     ("hybrid", 4): [("hybrid", 4), ("rows", 3), ("plain", 2)],
     ("both", 4): [("both", 4), ("columns", 3), ("rows", 1)],
     ("plain", 4): [("plain", 4), ("plain", 1), ("both", 2)],
@@ -97,15 +111,21 @@ def save_and_load(saved: str, ranks: int, folder: Path) -> None:
     dist.barrier()
     for kind, some in LOADS[saved, ranks]:
         if some > RANK:
-            load(folder, kind, some)
+            read = load(folder, kind, some)
+            if kind == saved == "rows" and some == ranks:
+                assert read == {RANK, 0}
         dist.barrier()
 
 
-def load(folder: Path, kind: str, ranks: int) -> None:
-    """Every bit comes back, straight into place and through memory that is shared; then no byte is read twice."""
+def load(folder: Path, kind: str, ranks: int) -> set[int]:
+    """Every bit comes back, straight into place and through memory that is shared; then no byte is read twice.
+
+    Returns the ranks whose parts this one read to load straight into place.
+    """
+    straight = PartsNotingBackend(folder)
     expected = cut_as(kind, whole_state(), ranks)
     state = cut_as(kind, {name: torch.zeros_like(t) for name, t in whole_state().items()}, ranks)
-    with dt.CheckpointManager(folder, chunk_bytes=CHUNK, process_group=GROUPS[ranks]) as manager:
+    with dt.CheckpointManager(straight, chunk_bytes=CHUNK, process_group=GROUPS[ranks]) as manager:
         manager.load({"model": state})
     check_same(state, expected)
     vars(placement)["JOIN_BYTES"] = 0  # else short gaps are read along, which may be what another rank wants
@@ -122,6 +142,7 @@ def load(folder: Path, kind: str, ranks: int) -> None:
         one[0] != other[0] or one[2] <= other[1] for one, other in itertools.pairwise(ranges)
     )
     assert no_memory_is_left(manager)
+    return straight.parts
 
 
 def check_same(state: State, expected: State) -> None:

@@ -83,6 +83,9 @@ def check_part(part: Part) -> None:
     """Refuses a part whose entries contradict each other, their shapes or their files."""
     _check_attempt(part.attempt, part.generation, part.step)
     _require(part.rank < part.world_size, f"rank {part.rank} is none of {part.world_size}")
+    others = part.completed_by
+    _require(sorted({*others} - {part.rank}) == list(others), "it is completed by ranks out of order")
+    _require(max(others, default=0) < part.world_size, "it is completed by a rank that there is not")
     _require(part.chunk_bytes > 0, "its chunks have no bytes")
     for file in part.files:
         _check_file(file, part)

@@ -107,6 +107,8 @@ class Part:
         files: the data files that the extents are in.
         tensors: in the order of the state.
         objects: in the order of the state.
+        completed_by: other ranks, ascending, whose parts together with this one hold all that this rank held, and of
+            each other name something.
     """
 
     rank: int
@@ -118,6 +120,7 @@ class Part:
     files: tuple[FileRef, ...]
     tensors: tuple[TensorEntry, ...]
     objects: tuple[ObjectEntry, ...]
+    completed_by: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

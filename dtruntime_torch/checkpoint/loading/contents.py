@@ -7,8 +7,8 @@ reader allocate more than the files justify; then the bytes, each chunk checked.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,11 +17,11 @@ from dtruntime_torch.checkpoint import catalog, objects
 from dtruntime_torch.checkpoint.loading.assembly import Assembled, Staged
 from dtruntime_torch.checkpoint.loading.chunk_needs import Needs, needs_of, runs_of
 from dtruntime_torch.checkpoint.loading.home_reader import read_home
-from dtruntime_torch.checkpoint.loading.landings import find_landings
+from dtruntime_torch.checkpoint.loading.landings import Landings, find_landings
 from dtruntime_torch.checkpoint.loading.load_plan import SavedState, index_parts, make_load_plan
 from dtruntime_torch.checkpoint.loading.node_shares import Shares, divide
 from dtruntime_torch.checkpoint.loading.placement import place
-from dtruntime_torch.checkpoint.loading.share_reader import check_sizes, read_share
+from dtruntime_torch.checkpoint.loading.share_reader import check_headers, check_sizes, explain, read_share
 from dtruntime_torch.checkpoint.loading.targets import Wanted
 from dtruntime_torch.checkpoint.manifest import Commit, Manifest, Part
 from dtruntime_torch.checkpoint.specs import LoadPlan
@@ -35,11 +35,12 @@ class Contents:
 
     Attributes:
         manifest: of the checkpoint.
-        parts: rank that saved -> its part.
-        saved: all that it holds for this rank.
+        parts: rank that saved -> its part; not all of them, if fewer tell everything.
+        saved: all that it holds for this rank, though not each shard of it.
         wanted: what was asked for, and how it differs from what is held.
         plan: the boxes to read; none where anything differs.
         homes: fqn -> memory that a wanted shard is read straight into, as `Targets.homes` gives it.
+        landings: how these are read.
         needs: the chunks that boxes of the other shards touch.
     """
 
@@ -49,6 +50,7 @@ class Contents:
     wanted: Wanted
     plan: LoadPlan
     homes: Mapping[str, torch.Tensor]
+    landings: Landings
     needs: Needs
 
     def values(self) -> dict[str, object]:
@@ -66,33 +68,79 @@ async def survey_contents(
     rank: int,
     want: Callable[[SavedState], Wanted],
     find_homes: Callable[[], Mapping[str, torch.Tensor]] = dict,
+    world_size: int | None = None,
 ) -> Contents:
     """Reads what a checkpoint holds, and finds what is wanted of it; its data is not read.
+
+    A rank of as many as saved reads its own part and those that complete it, which name all that there is; the others only
+    if it wants more of it than it saved.
 
     Args:
         backend: where it lies.
         commit: names it.
         rank: whose leaves to take of those that differ by rank.
-        want: chooses, given all that the checkpoint holds.
+        want: chooses, given all that the checkpoint holds; asked again if more parts had to be read.
         find_homes: which of that has memory that it may be read straight into; asked if nothing differs.
+        world_size: the number of ranks that load; None for one that wants everything.
 
     Raises:
         CorruptCheckpoint: a manifest is damaged, or a data file that is needed is missing or has another length.
     """
     manifest = await catalog.read_manifest(backend, commit)
-    ranks = range(manifest.world_size)
-    read = await asyncio.gather(*(catalog.read_part(backend, manifest, r) for r in ranks))
-    parts = dict(zip(ranks, read, strict=True))
-    saved = index_parts(parts, rank)
-    wanted = want(saved)
+    everyone = set(range(manifest.world_size))
+    parts = await read_parts(backend, manifest, {rank} if world_size == len(everyone) else everyone)
+    if len(parts) < len(everyone):
+        parts |= await read_parts(backend, manifest, parts[rank].completed_by)
+    try:
+        saved, wanted, plan = _compare(parts, rank, want)
+    except CorruptCheckpoint:
+        if len(parts) == len(everyone):
+            raise
+        parts |= await read_parts(backend, manifest, everyone.difference(parts))
+        saved, wanted, plan = _compare(parts, rank, want)
     if wanted.differences:
-        return Contents(manifest, parts, saved, wanted, LoadPlan(()), {}, {})
-    plan = make_load_plan(saved, parts, wanted.tensors)
+        return Contents(manifest, parts, saved, wanted, plan, {}, Landings(), {})
     runs = runs_of(parts, needs_of(plan, parts))
     refuse_damage(manifest, await check_sizes(backend, manifest.name, parts, runs))
     homes = find_homes()
     others = LoadPlan(tuple(item for item in plan.items if item.wanted.fqn not in homes))
-    return Contents(manifest, parts, saved, wanted, plan, homes, needs_of(others, parts))
+    landings = find_landings(plan, homes.keys(), parts)
+    return Contents(manifest, parts, saved, wanted, plan, homes, landings, needs_of(others, parts))
+
+
+def _compare(
+    parts: Mapping[int, Part], rank: int, want: Callable[[SavedState], Wanted]
+) -> tuple[SavedState, Wanted, LoadPlan]:
+    """What there is, what is wanted of it, and the boxes to read; none where anything differs.
+
+    Raises:
+        CorruptCheckpoint: the parts contradict each other, or lack something that is wanted.
+    """
+    saved = index_parts(parts, rank)
+    wanted = want(saved)
+    return saved, wanted, LoadPlan(()) if wanted.differences else make_load_plan(saved, parts, wanted.tensors)
+
+
+async def read_parts(backend: StorageBackend, manifest: Manifest, ranks: Iterable[int]) -> dict[int, Part]:
+    """Reads the part manifests of ranks that saved: rank -> its part.
+
+    Raises:
+        CorruptCheckpoint: one is damaged.
+    """
+    chosen = sorted(ranks)
+    read = await asyncio.gather(*(catalog.read_part(backend, manifest, rank) for rank in chosen))
+    return dict(zip(chosen, read, strict=True))
+
+
+async def with_parts_of(backend: StorageBackend, contents: Contents, needs: Iterable[Needs]) -> Contents:
+    """The same, with all parts that these needs of any ranks are of.
+
+    Raises:
+        CorruptCheckpoint: one of them is damaged.
+    """
+    lacking = {part for one in needs for part, _ in one}.difference(contents.parts)
+    more = await read_parts(backend, contents.manifest, lacking)
+    return replace(contents, parts={**contents.parts, **more})
 
 
 async def read_alone(backend: StorageBackend, contents: Contents) -> Staged:
@@ -102,6 +150,17 @@ async def read_alone(backend: StorageBackend, contents: Contents) -> Staged:
         CorruptCheckpoint: with every damaged range that was met.
     """
     return await read_shares(backend, contents, divide([contents.needs], contents.parts), 0)
+
+
+async def check_home_headers(backend: StorageBackend, contents: Contents) -> None:
+    """Compares the headers of the files that `read_homes` reads with the digests that were committed.
+
+    Raises:
+        CorruptCheckpoint: with all damage in what is to be read of a file whose header changed, or that cannot be read.
+    """
+    name, parts, runs = contents.manifest.name, contents.parts, contents.landings.runs(contents.parts)
+    suspects = await check_headers(backend, name, parts, dict.fromkeys(run.path for run in runs))
+    refuse_damage(contents.manifest, await explain(backend, name, parts, runs, suspects))
 
 
 async def read_homes(
@@ -118,9 +177,9 @@ async def read_homes(
     Raises:
         CorruptCheckpoint: with every damaged range that was met; the memory is undefined then.
     """
-    landings = find_landings(contents.plan, contents.homes.keys(), contents.parts)
-    name = contents.manifest.name
-    damage = await read_home(backend, reader, name, contents.parts, landings, contents.homes, turn)
+    damage = await read_home(
+        backend, reader, contents.manifest.name, contents.parts, contents.landings, contents.homes, turn
+    )
     refuse_damage(contents.manifest, damage)
 
 

@@ -18,7 +18,7 @@ from dtruntime_torch.checkpoint.format.records import Part
 from dtruntime_torch.checkpoint.loading.assembly import Staged, scatter
 from dtruntime_torch.checkpoint.loading.chunk_needs import Needs, Run, needs_of, runs_of, span_of
 from dtruntime_torch.checkpoint.loading.landings import Landing, Landings, from_turn
-from dtruntime_torch.checkpoint.loading.share_reader import Suspects, check_headers, damage_of, explain
+from dtruntime_torch.checkpoint.loading.share_reader import Suspects, damage_of, explain
 from dtruntime_torch.checkpoint.specs import LoadPlan, ReadItem, digest_length
 from dtruntime_torch.errors import Damage, StorageError
 from dtruntime_torch.storage.backend import ReadsChunks, StorageBackend
@@ -46,7 +46,7 @@ async def read_home(
     homes: Mapping[str, torch.Tensor],
     turn: tuple[int, int] = (0, 1),
 ) -> list[Damage]:
-    """Fills tensors from a checkpoint.
+    """Fills tensors from a checkpoint. The headers of its files are not looked at.
 
     Args:
         backend: where the checkpoint lies.
@@ -65,7 +65,6 @@ async def read_home(
         StorageError: the storage failed otherwise; nothing is known of the bytes.
     """
     home = _HomeReader(backend, reader, name, parts, homes)
-    await home.check_headers(landings)
     await home.read_straight(from_turn(landings.straight, *turn))
     await home.read_edges(landings.edges)
     for fqn, items in landings.scattered.items():
@@ -94,13 +93,6 @@ class _HomeReader:
         self.runs: list[Run] = []
         self.damage: list[Damage] = []
         self.suspects: Suspects = {}
-
-    async def check_headers(self, landings: Landings) -> None:
-        runs = [landing.run for landing in itertools.chain(landings.straight, landings.edges)]
-        for items in landings.scattered.values():
-            runs += runs_of(self._parts, self._needs(items))
-        paths = dict.fromkeys(run.path for run in runs)
-        self.suspects |= await check_headers(self._backend, self._name, self._parts, paths)
 
     async def read_straight(self, landings: Sequence[Landing]) -> None:
         for some in _together(landings, _nbytes_of, CALL_BYTES):

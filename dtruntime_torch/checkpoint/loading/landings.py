@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from dtruntime_torch.checkpoint.dtypes import itemsize
 from dtruntime_torch.checkpoint.format.records import Part
-from dtruntime_torch.checkpoint.loading.chunk_needs import Run, offset_of, runs_of, span_of
+from dtruntime_torch.checkpoint.loading.chunk_needs import Run, needs_of, offset_of, runs_of, span_of
 from dtruntime_torch.checkpoint.specs import LoadPlan, ReadItem, Shape
 
 PIECE_BYTES = 32 << 20
@@ -47,6 +47,12 @@ class Landings:
     straight: list[Landing] = field(default_factory=list)
     edges: list[Landing] = field(default_factory=list)
     scattered: dict[str, list[ReadItem]] = field(default_factory=dict)
+
+    def runs(self, parts: Mapping[int, Part]) -> list[Run]:
+        """All chunks that are read."""
+        items = tuple(item for boxes in self.scattered.values() for item in boxes)
+        runs = [landing.run for landing in itertools.chain(self.straight, self.edges)]
+        return runs + runs_of(parts, needs_of(LoadPlan(items), parts))
 
 
 def find_landings(plan: LoadPlan, fqns: Collection[str], parts: Mapping[int, Part]) -> Landings:

@@ -15,7 +15,14 @@ import torch
 from dtruntime_torch import _C, errors
 from dtruntime_torch.checkpoint.loading.assembly import Staged
 from dtruntime_torch.checkpoint.loading.chunk_needs import pack, unpack
-from dtruntime_torch.checkpoint.loading.contents import Contents, read_homes, read_shares, survey_contents
+from dtruntime_torch.checkpoint.loading.contents import (
+    Contents,
+    check_home_headers,
+    read_homes,
+    read_shares,
+    survey_contents,
+    with_parts_of,
+)
 from dtruntime_torch.checkpoint.loading.load_plan import SavedState
 from dtruntime_torch.checkpoint.loading.load_verdicts import Report
 from dtruntime_torch.checkpoint.loading.node_memory import this_node
@@ -24,6 +31,7 @@ from dtruntime_torch.checkpoint.loading.placement import place
 from dtruntime_torch.checkpoint.loading.targets import Targets, Wanted, bind_targets
 from dtruntime_torch.checkpoint.manifest import Commit
 from dtruntime_torch.errors import CorruptCheckpoint
+from dtruntime_torch.membership import Membership
 from dtruntime_torch.storage import StorageBackend, run_sync
 from dtruntime_torch.storage.backend import reads_chunks
 
@@ -53,7 +61,7 @@ class LoadRound:
     Args:
         backend: where the checkpoint lies.
         commit: what was picked.
-        rank: this rank.
+        members: the ranks that load, this one among them.
         state: to be filled.
         asked: what for.
         touched: names of tensors of the state that hold bytes of a checkpoint which was not loaded; added to.
@@ -67,14 +75,14 @@ class LoadRound:
         self,
         backend: StorageBackend,
         commit: Commit,
-        rank: int,
+        members: Membership,
         state: object,
         asked: Asked,
         touched: set[str],
     ) -> None:
         self._backend = backend
         self._commit = commit
-        self._rank = rank
+        self._rank, self._world_size = members.rank, members.world_size
         self._state = state
         self._asked = asked
         self._targets: Targets | None = None
@@ -83,7 +91,7 @@ class LoadRound:
         self._values: dict[str, object] = {}
         self._shares: Shares | None = None
         self._staged = Staged()
-        self._ranks: tuple[int, ...] = (rank,)
+        self._ranks: tuple[int, ...] = ()
         self._reader = reads_chunks(backend)
         self._touched = touched
         self.error: Exception | None = None
@@ -112,6 +120,7 @@ class LoadRound:
                     self._rank,
                     lambda saved: self._want(targets, saved),
                     dict if self._reader is None or self._asked.all_or_nothing else targets.homes,
+                    self._world_size,
                 )
             )
             wanted = self._contents.wanted
@@ -134,27 +143,37 @@ class LoadRound:
         ]
         return replace(wanted, differences=(*wanted.differences, *lines))
 
-    def divide(self, nodes: Sequence[dict[str, Any]]) -> tuple[Sequence[int], int]:
-        """Learns with whom this rank shares what is read.
+    def divide(self, nodes: Sequence[dict[str, Any]]) -> Report:
+        """Learns with whom this rank shares what is read, and what of that it reads for all.
 
         Args:
             nodes: as the verdict has them.
-
-        Returns:
-            The ranks of this node, if they have anything in common, and the bytes that this rank reads for all.
         """
-        for node in nodes:
-            if self._rank in node["ranks"]:
-                self._ranks = tuple(node["ranks"])
-                needs = [unpack(packed) for packed in node["needs"]]
-                needs = needs * len(self._ranks) if len(needs) == 1 else needs
-                self._shares = divide(needs, self.contents.parts)
-                position = self._ranks.index(self._rank)
-                return self._ranks, place(self._shares.common[position]).nbytes
-        return (), 0
+
+        def divide_node() -> Report:
+            for node in nodes:
+                if self._rank in node["ranks"]:
+                    self._ranks = tuple(node["ranks"])
+                    needs = [unpack(packed) for packed in node["needs"]]
+                    needs = needs * len(self._ranks) if len(needs) == 1 else needs
+                    self._contents = run_sync(with_parts_of(self._backend, self.contents, needs))
+                    self._shares = divide(needs, self._contents.parts)
+            return {"kind": "sound"}
+
+        return self._report(divide_node)
+
+    @property
+    def common(self) -> tuple[Sequence[int], int]:
+        """The ranks of this node, if they have anything in common, and the bytes that this one reads for all."""
+        if self._shares is None:
+            return (), 0
+        return self._ranks, place(self._shares.common[self._ranks.index(self._rank)]).nbytes
 
     def read(self) -> Report:
-        """Reads this rank's share, straight into the memory of the node, and what only this rank needs."""
+        """Reads this rank's share, straight into the memory of the node, and what only this rank needs.
+
+        Of the files from which the rest comes the headers are checked, while nothing of the state is touched yet.
+        """
 
         def read() -> Report:
             contents, shares, ranks = self.contents, self._shares, self._ranks
@@ -163,6 +182,7 @@ class LoadRound:
             common = [self.memory[rank] for rank in ranks] if self.memory else []
             staged = run_sync(read_shares(self._backend, contents, shares, ranks.index(self._rank), common))
             self._staged = staged
+            run_sync(check_home_headers(self._backend, contents))
             return {"kind": "sound"}
 
         return self._report(read)

@@ -67,16 +67,14 @@ async def check_sizes(
 
     The arguments, the result and the errors are those of `read_share`.
     """
-    suspects: Suspects = {}
     files = files_of(parts)
-    for path in dict.fromkeys(run.path for run in runs):
-        try:
-            size = await backend.size(f"{name}/{path}")
-        except StorageError as error:
-            suspects[path] = error
-            continue
+
+    async def check(path: str) -> None:
+        size = await backend.size(f"{name}/{path}")
         if size != files[path].length:
-            suspects[path] = StorageError(f"{name}/{path} has {size} bytes, not {files[path].length}")
+            raise StorageError(f"{name}/{path} has {size} bytes, not {files[path].length}")
+
+    suspects = await _suspects(check, dict.fromkeys(run.path for run in runs))
     return await explain(backend, name, parts, runs, suspects)
 
 
@@ -94,19 +92,30 @@ async def check_headers(
     Returns:
         Those with which something is wrong.
     """
-    suspects: Suspects = {}
     files = files_of(parts)
-    for path in paths:
+
+    async def check(path: str) -> None:
         known = files[path]
         header = memoryview(bytearray(known.header_length))
-        try:
-            await read_into(backend, f"{name}/{path}", 0, header)
-        except StorageError as error:
-            suspects[path] = error
-            continue
+        await read_into(backend, f"{name}/{path}", 0, header)
         if _C.digest(header, known.header_length) != known.header_digest:
-            suspects[path] = StorageError(f"the header of {name}/{path} changed")
-    return suspects
+            raise StorageError(f"the header of {name}/{path} changed")
+
+    return await _suspects(check, paths)
+
+
+async def _suspects(check: Callable[[str], Awaitable[None]], paths: Iterable[str]) -> Suspects:
+    """Looks at files together, for one that cannot be read is tried for a while; those that were refused, and why."""
+
+    async def look(path: str) -> tuple[str, StorageError | None]:
+        try:
+            await check(path)
+        except StorageError as error:
+            return path, error
+        return path, None
+
+    found = await asyncio.gather(*map(look, paths))
+    return {path: error for path, error in found if error is not None}
 
 
 async def read_into(backend: StorageBackend, place: str, offset: int, into: memoryview) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -50,7 +50,8 @@ def make_save_plan(
         members: signature -> the ranks of that group, ascending. Every rank is in exactly one group.
 
     Returns:
-        The plan of `rank`. Over all ranks each element of each tensor, and each object, is written exactly once.
+        The plan of `rank`. Over all ranks each element of each tensor, and each object, is written exactly once. Of
+        DTensors whose shard on this rank is empty it is not known here who writes the others; then all ranks complete it.
 
     Raises:
         InvalidArgument: ranks hold different things under one name, or a name cannot be stored.
@@ -62,16 +63,22 @@ def make_save_plan(
         [1, 0]
     """
     holdings = _holdings(groups, members)
-    written = {
-        *_assign_shards(rank, own.tensors, holdings),
-        *_assign_spread(rank, holdings),
-        *_assign_lowest(rank, (*own.tensors, *own.objects), holdings),
+    writers = {
+        **_assign_shards(own.tensors, holdings),
+        **_assign_spread(holdings),
+        **_assign_lowest(holdings),
+        **{spec.fqn: rank for spec in own.tensors if spec.per_rank},
+        **{spec.fqn: rank for spec in own.objects if spec.per_rank},
     }
     items = tuple(
-        WriteItem(_to_write(spec), _stored_name(spec, rank)) for spec in own.tensors if spec.fqn in written
+        WriteItem(_to_write(spec), _stored_name(spec, rank))
+        for spec in own.tensors
+        if writers.get(spec.fqn) == rank
     )
     _check_items(items)
-    return SavePlan(rank, world_size, items, tuple(spec for spec in own.objects if spec.fqn in written))
+    objects = tuple(spec for spec in own.objects if writers[spec.fqn] == rank)
+    completed_by = _completed_by(rank, world_size, writers, groups, holdings)
+    return SavePlan(rank, world_size, items, objects, completed_by)
 
 
 def _holdings(groups: Mapping[str, FlatSpecs], members: Mapping[str, Ranks]) -> dict[str, _Holding]:
@@ -110,40 +117,61 @@ def _likeness(spec: TensorSpec | ObjectSpec) -> tuple[object, ...]:
     return spec.layout, spec.holders is None and spec.spread
 
 
-def _assign_shards(rank: int, own: Iterable[TensorSpec], holdings: Mapping[str, _Holding]) -> Iterable[str]:
-    """The DTensors whose shard `rank` writes: the holders of one shard hold, and so balance, the same ones."""
+def _assign_shards(held: Iterable[TensorSpec], holdings: Mapping[str, _Holding]) -> dict[str, int]:
+    """Who writes the shards of DTensors that one rank holds: the holders of one shard hold, and so balance, the same."""
     alike: dict[tuple[Ranks, Ranks], list[TensorSpec]] = defaultdict(list)
-    for spec in own:
+    for spec in held:
         first, ranks = holdings[spec.fqn]
         if spec.holders and _is_split(spec) and _likeness(spec) == _likeness(first) and spec.nbytes:
             alike[spec.holders, ranks].append(spec)
     by_holders: dict[Ranks, list[TensorSpec]] = defaultdict(list)
     for (holders, ranks), specs in alike.items():
         by_holders[tuple(sorted(set(holders).intersection(ranks)))] += specs
+    writers: dict[str, int] = {}
     for holders, specs in by_holders.items():
-        yield from _balance(rank, specs, dict.fromkeys(holders, 0))
+        writers |= _balance(specs, dict.fromkeys(holders, 0))
+    return writers
 
 
-def _assign_spread(rank: int, holdings: Mapping[str, _Holding]) -> Iterable[str]:
-    """The plain tensors of optimizers that `rank` writes; every rank computes the shares of all."""
+def _assign_spread(holdings: Mapping[str, _Holding]) -> dict[str, int]:
+    """Who writes the plain tensors of optimizers; every rank computes the shares of all."""
     by_ranks: dict[Ranks, list[TensorSpec]] = defaultdict(list)
     for spec, ranks in holdings.values():
         if isinstance(spec, TensorSpec) and _is_split(spec) and spec.holders is None:
             by_ranks[ranks].append(spec)
     loads: Counter[int] = Counter()
+    writers: dict[str, int] = {}
     for ranks in sorted(by_ranks, key=lambda ranks: (len(ranks), ranks)):
         shares = {holder: loads[holder] for holder in ranks}
-        yield from _balance(rank, by_ranks[ranks], shares)
+        writers |= _balance(by_ranks[ranks], shares)
         loads.update({holder: shares[holder] - loads[holder] for holder in ranks})
+    return writers
 
 
-def _assign_lowest(
-    rank: int, own: Iterable[TensorSpec | ObjectSpec], holdings: Mapping[str, _Holding]
-) -> Iterable[str]:
-    """What `rank` writes because it is marked as its own, or because no lower rank holds it."""
-    for spec in own:
-        if spec.per_rank or (not _is_split(spec) and rank == holdings[spec.fqn].ranks[0]):
-            yield spec.fqn
+def _assign_lowest(holdings: Mapping[str, _Holding]) -> dict[str, int]:
+    """Who writes what is neither shared out nor its holders' own: the lowest rank that holds it."""
+    return {
+        fqn: ranks[0] for fqn, (spec, ranks) in holdings.items() if not spec.per_rank and not _is_split(spec)
+    }
+
+
+def _completed_by(
+    rank: int,
+    world_size: int,
+    writers: Mapping[str, int],
+    groups: Mapping[str, FlatSpecs],
+    holdings: Mapping[str, _Holding],
+) -> Ranks:
+    """The ranks that write what this one holds, and some of everything else that is not their own."""
+    others = {fqn for fqn, (spec, _) in holdings.items() if fqn not in writers and not spec.per_rank}
+    needed = set(writers.values())
+    for specs in groups.values() if others else ():
+        shown = _assign_shards(specs.tensors, holdings)
+        needed.update(writer for fqn, writer in shown.items() if fqn in others)
+        others -= shown.keys()
+    if others:
+        needed = set(range(world_size))
+    return tuple(sorted(needed - {rank}))
 
 
 def _is_split(spec: TensorSpec | ObjectSpec) -> bool:
@@ -153,18 +181,15 @@ def _is_split(spec: TensorSpec | ObjectSpec) -> bool:
     return spec.holders is not None or spec.spread
 
 
-def _balance(rank: int, specs: Iterable[TensorSpec], loads: dict[int, int]) -> Iterable[str]:
-    """The fqns that fall to `rank` when the largest goes first to who has least. Adds to `loads`, in bytes."""
+def _balance(specs: Iterable[TensorSpec], loads: dict[int, int]) -> Iterator[tuple[str, int]]:
+    """Who writes which fqn when the largest goes first to who has least. Adds to `loads`, in bytes."""
     least = [(load, holder) for holder, load in loads.items()]
     heapq.heapify(least)
-    mine = []
     for spec in sorted(specs, key=lambda spec: (-spec.nbytes, spec.fqn)):
         load, holder = least[0]
         heapq.heapreplace(least, (load + spec.nbytes, holder))
         loads[holder] = load + spec.nbytes
-        if holder == rank:
-            mine.append(spec.fqn)
-    return mine
+        yield spec.fqn, holder
 
 
 def _to_write(spec: TensorSpec) -> TensorSpec:

@@ -102,6 +102,7 @@ async def write_shard(
             ObjectEntry(spec.fqn, spec.path, spec.index, spec.per_rank, values[spec.fqn])
             for spec in plan.objects
         ),
+        completed_by=plan.completed_by,
     )
     encoded = encode_part(part)
     folder = attempt_path(name, attempt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ from hypothesis import strategies as st
 
 from dtruntime_torch.checkpoint.format.records import Part, TensorEntry
 from dtruntime_torch.checkpoint.loading.load_plan import index_parts, make_load_plan, whole_specs
-from dtruntime_torch.checkpoint.specs import LoadPlan, Shape, TensorSpec
+from dtruntime_torch.checkpoint.specs import LoadPlan, SavePlan, Shape, TensorSpec
 from dtruntime_torch.errors import CheckpointMismatch, CorruptCheckpoint
 from tests.checkpoint.plan_builders import (
     Box,
+    flat,
+    obj,
     part_of,
     plans_of,
     stored,
@@ -82,9 +85,9 @@ def test_reading_a_box_equals_slicing(data: st.DataObject, shape: Shape, n_ranks
         np.testing.assert_array_equal(target, array[slices(spec.offsets, spec.shape)])
 
 
-@given(worlds())
-def test_what_was_planned_to_be_saved_can_be_loaded_by_every_rank(world) -> None:
-    parts = {
+def parts_of(plans: Sequence[SavePlan]) -> dict[int, Part]:
+    """What is stored if all ranks write what was planned."""
+    return {
         saved.rank: part_of(
             saved.rank,
             *(
@@ -99,12 +102,63 @@ def test_what_was_planned_to_be_saved_can_be_loaded_by_every_rank(world) -> None
             ),
             *(stored_object(spec.fqn, per_rank=spec.per_rank) for spec in saved.objects),
         )
-        for saved in plans_of(world.states)
+        for saved in plans
     }
+
+
+def completed(plan: SavePlan, parts: Mapping[int, Part]) -> dict[int, Part]:
+    """The part of a rank, and those that complete it."""
+    return {rank: parts[rank] for rank in (plan.rank, *plan.completed_by)}
+
+
+@given(worlds())
+def test_what_was_planned_to_be_saved_can_be_loaded_by_every_rank(world) -> None:
+    parts = parts_of(plans_of(world.states))
     for rank, state in enumerate(world.states):
         saved = index_parts(parts, rank)
         make_load_plan(saved, parts, state.tensors)
         assert {spec.fqn for spec in state.objects} <= saved.objects.keys()
+
+
+@given(worlds(), st.integers(0, 5))
+def test_a_part_and_those_that_complete_it_name_all_that_there_is(world, representative) -> None:
+    plans = plans_of(world.states, representative)
+    parts = parts_of(plans)
+    for own in plans:
+        every, some = (index_parts(of, own.rank) for of in (parts, completed(own, parts)))
+        assert every.tensors.keys() == some.tensors.keys()
+        assert every.objects.keys() == some.objects.keys()
+
+
+@given(worlds(alike=True))
+def test_a_part_and_those_that_complete_it_hold_all_that_the_rank_held(world) -> None:
+    plans = plans_of(world.states)
+    parts = parts_of(plans)
+    for own in plans:
+        some = completed(own, parts)
+        make_load_plan(index_parts(some, own.rank), some, world.states[own.rank].tensors)
+
+
+def test_shards_of_dtensors_are_completed_by_who_writes_what_is_replicated() -> None:
+    states = [
+        flat(
+            tensor("w", 8, layout="mesh", offsets=(2 * rank,), shape=(2,), holders=(rank,)),
+            tensor("step"),
+            obj("lr"),
+        )
+        for rank in range(4)
+    ]
+    assert [plan.completed_by for plan in plans_of(states)] == [(), (0,), (0,), (0,)]
+
+
+def test_a_stage_is_completed_by_one_writer_of_each_other_stage() -> None:
+    def shard(fqn: str, first: int, rank: int) -> TensorSpec:
+        return tensor(fqn, 8, layout=fqn, offsets=(4 * (rank - first),), shape=(4,), holders=(rank,))
+
+    states = [flat(shard(f"stage{rank // 2}", rank // 2 * 2, rank)) for rank in range(6)]
+    for plan in plans_of(states):
+        stages = [other // 2 for other in plan.completed_by]
+        assert sorted([*stages, plan.rank // 2]) == [0, 1, 2]
 
 
 @given(st.data(), st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple))

@@ -151,6 +151,17 @@ def test_a_damaged_step_that_was_asked_for_is_named_and_not_replaced(tmp_path: P
     assert values_of(model) == [3, 4, 5, 6]
 
 
+def test_a_header_that_changed_is_found_before_anything_is_touched(tmp_path: Path) -> None:
+    (info,) = save(tmp_path, 3)
+    flip(tmp_path, info, position=3)
+    model = make_model(0)
+    with dt.CheckpointManager(tmp_path) as manager, pytest.raises(CorruptCheckpoint) as caught:
+        manager.load({"model": model}, step=1)
+    assert [damage.tensor for damage in caught.value.damage] == [None]
+    assert HALF not in str(caught.value)
+    assert values_of(model) == [0, 1, 2, 3]
+
+
 def test_all_or_nothing_touches_nothing_where_a_chunk_is_damaged(tmp_path: Path) -> None:
     (info,) = save(tmp_path, 3)
     flip(tmp_path, info)
