@@ -12,7 +12,7 @@ from typing import Any, get_args
 from torch.distributed.distributed_c10d import ProcessGroup, Store
 
 from dtruntime_torch.checkpoint import catalog, restore
-from dtruntime_torch.checkpoint.arguments import check_pinned, check_step
+from dtruntime_torch.checkpoint.arguments import LoadOptions, check_pinned, check_step
 from dtruntime_torch.checkpoint.cleaning.prune_plan import PruneReport
 from dtruntime_torch.checkpoint.cleaning.retention import KeepBest, RetentionPolicy
 from dtruntime_torch.checkpoint.info import CheckpointInfo, LoadedCheckpoint
@@ -228,17 +228,9 @@ class CheckpointManager:
             self._loads += 1
             self._saver.wait()
             key = f"load/{self._loads}"
+            options = LoadOptions(step, keys, strict, all_or_nothing)
             loaded = restore.load(
-                self._backend,
-                self.name,
-                self._members,
-                state,
-                step,
-                key,
-                keys,
-                strict,
-                all_or_nothing,
-                on_damage=self._lineage.distrust,
+                self._backend, self.name, self._members, state, key, options, self._lineage.distrust
             )
             self._lineage.follow(loaded.info.key, loaded.newest)
             self._saver.health.note_good()

@@ -49,7 +49,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "checkpoint.loading.targets",
     ),
     (
-        "checkpoint.loading.assembly checkpoint.staging.chunk_table checkpoint.commit checkpoint.diff checkpoint.cleaning.prune_plan checkpoint.saving.shard_file checkpoint.verify",
+        "checkpoint.loading.assembly checkpoint.loading.commit_choice checkpoint.staging.chunk_table checkpoint.commit checkpoint.diff checkpoint.cleaning.prune_plan checkpoint.saving.shard_file checkpoint.verify",
         "checkpoint.loading.home_reader checkpoint.staging.device checkpoint.cleaning.removal_kinds",
         "checkpoint.cleaning.removals checkpoint.loading.contents checkpoint.staging.sources",
         "checkpoint.cleaning.cleaner checkpoint.staging.device_work",
@@ -59,8 +59,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "checkpoint.saving.leader checkpoint.loading.load_round checkpoint.saving.snapshot",
-        "checkpoint.saving.publish checkpoint.restore",
-        "checkpoint.save",
+        "checkpoint.saving.publish checkpoint.loading.load_together",
+        "checkpoint.save checkpoint.restore",
     ),
     ("manager rng sampler", "writer"),
     ("cli cli.* gpucheck gpucheck.* hook",),

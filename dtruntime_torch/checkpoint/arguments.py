@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 
 from dtruntime_torch.checkpoint.format import strict_json
 from dtruntime_torch.checkpoint.format.metadata_json import metadata_from_json, metadata_to_json
@@ -80,3 +81,35 @@ def check_metadata(metadata: object) -> Json:
     if kept != encoded:
         raise InvalidArgument("metadata would not come back from JSON as it is; use str keys and lists")
     return metadata_from_json(kept)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """What a load is asked for.
+
+    Attributes:
+        step: by number, or None for the newest sound one.
+        keys: the names to fill, and what lies below them; None for all.
+        strict: names that only one side has are an error.
+        all_or_nothing: nothing is filled before all that is read was checked.
+    """
+
+    step: int | None = None
+    keys: Collection[str] | None = None
+    strict: bool = True
+    all_or_nothing: bool = False
+
+    def checked(self) -> LoadOptions:
+        """The same, of the types that it says; equal where the same is meant.
+
+        Raises:
+            InvalidArgument: as `check_step` and `check_keys` raise it.
+        """
+        step = None if self.step is None else check_step(self.step)
+        return LoadOptions(step, check_keys(self.keys), bool(self.strict), bool(self.all_or_nothing))
+
+    def __str__(self) -> str:
+        keys = "" if self.keys is None else f" with keys {list(self.keys)}"
+        flags = "" if self.strict else " with strict=False"
+        flags += " with all_or_nothing=True" if self.all_or_nothing else ""
+        return f"step {self.step}{keys}{flags}"

@@ -9,6 +9,7 @@ from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-define
 
 from dtruntime_torch.barrier import Barrier
 from dtruntime_torch.checkpoint import restore
+from dtruntime_torch.checkpoint.arguments import LoadOptions
 from dtruntime_torch.checkpoint.info import CheckpointInfo, LoadedCheckpoint
 from dtruntime_torch.checkpoint.save import Saver
 from dtruntime_torch.checkpoint.saving.lineage import Lineage
@@ -49,9 +50,8 @@ class Rank:
         self.loads += 1
         key = f"load/{self.loads}"
         distrust = self.lineage.distrust
-        loaded = restore.load(
-            self.backend, "model", self.members, state, step, key, keys, strict, on_damage=distrust
-        )
+        options = LoadOptions(step, keys, strict)
+        loaded = restore.load(self.backend, "model", self.members, state, key, options, distrust)
         self.lineage.follow(loaded.info.key, loaded.newest)
         return loaded.info
 

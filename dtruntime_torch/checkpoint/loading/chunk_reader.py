@@ -18,7 +18,7 @@ from dtruntime_torch.checkpoint.format.records import FileRef, Part, TensorEntry
 from dtruntime_torch.checkpoint.loading.chunk_needs import Run
 from dtruntime_torch.checkpoint.loading.read_requests import (
     Piece,
-    Request,
+    ReadRequest,
     pieces_by_file,
     requests_for,
     split_at,
@@ -135,13 +135,13 @@ class _Reader:
             damage += found
         return sorted(damage, key=lambda found: (found.start, found.stop))
 
-    async def _serve(self, request: Request) -> list[Damage]:
+    async def _serve(self, request: ReadRequest) -> list[Damage]:
         damage = await self._check_request(request)
         if damage is None:
             return [found for chunk in self._chunks(request) for found in await self._serve_chunk(chunk)]
         return damage
 
-    async def _serve_chunk(self, chunk: Request) -> list[Damage]:
+    async def _serve_chunk(self, chunk: ReadRequest) -> list[Damage]:
         """Of what cannot be read together, each chunk that cannot be read alone is damaged."""
         damage = await self._check_request(chunk)
         if damage is not None:
@@ -154,15 +154,15 @@ class _Reader:
         path, stop = self._path(self._part.files[chunk.file]), chunk.offset + chunk.length
         return [Damage(path, tensor.fqn, chunk.offset, stop, expected, UNREADABLE)]
 
-    def _chunks(self, request: Request) -> Iterator[Request]:
+    def _chunks(self, request: ReadRequest) -> Iterator[ReadRequest]:
         chunk_bytes = self._part.chunk_bytes
         for piece in request.pieces:
             for at in range(0, piece.length, chunk_bytes):
                 length = min(chunk_bytes, piece.length - at)
                 chunk = Piece(piece.entry, piece.offset + at, length, piece.start + at)
-                yield Request(request.file, chunk.offset, length, (chunk,))
+                yield ReadRequest(request.file, chunk.offset, length, (chunk,))
 
-    async def _check_request(self, request: Request) -> list[Damage] | None:
+    async def _check_request(self, request: ReadRequest) -> list[Damage] | None:
         """Its damage; None if the device cannot read it."""
         known = self._part.files[request.file]
         async with self._gate:
@@ -173,7 +173,7 @@ class _Reader:
         self._on_bytes(sum(piece.length for piece in request.pieces))
         return damage
 
-    def _check(self, request: Request, data: memoryview) -> list[Damage]:
+    def _check(self, request: ReadRequest, data: memoryview) -> list[Damage]:
         pieces, chunk_bytes = request.pieces, self._part.chunk_bytes
         places = [piece.offset - request.offset for piece in pieces]
         found = _C.digest_ranges(data, places, [piece.length for piece in pieces], chunk_bytes)

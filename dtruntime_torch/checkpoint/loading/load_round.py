@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
 from dtruntime_torch import _C, errors
+from dtruntime_torch.checkpoint.arguments import LoadOptions, check_keys
 from dtruntime_torch.checkpoint.loading.assembly import Staged
 from dtruntime_torch.checkpoint.loading.chunk_needs import pack, unpack
 from dtruntime_torch.checkpoint.loading.contents import (
@@ -25,7 +26,7 @@ from dtruntime_torch.checkpoint.loading.contents import (
 )
 from dtruntime_torch.checkpoint.loading.load_plan import SavedState
 from dtruntime_torch.checkpoint.loading.load_verdicts import Report
-from dtruntime_torch.checkpoint.loading.node_memory import this_node
+from dtruntime_torch.checkpoint.loading.node_memory import share_memory, this_node
 from dtruntime_torch.checkpoint.loading.node_shares import Shares, divide
 from dtruntime_torch.checkpoint.loading.placement import place
 from dtruntime_torch.checkpoint.loading.targets import Targets, Wanted, bind_targets
@@ -38,23 +39,6 @@ from dtruntime_torch.storage.backend import reads_chunks
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What a load was asked for; the same on all ranks.
-
-    Attributes:
-        step: by number, or None.
-        keys: the names to fill, and what lies below them; None for all.
-        strict: names that only one side has are an error.
-        all_or_nothing: nothing is filled before all that is read was checked.
-    """
-
-    step: int | None
-    keys: tuple[str, ...] | None
-    strict: bool
-    all_or_nothing: bool
-
-
 class LoadRound:
     """What one rank makes of the commit that was picked.
 
@@ -63,12 +47,11 @@ class LoadRound:
         commit: what was picked.
         members: the ranks that load, this one among them.
         state: to be filled.
-        asked: what for.
+        options: what for, checked; the same on all ranks.
         touched: names of tensors of the state that hold bytes of a checkpoint which was not loaded; added to.
 
     Attributes:
         error: what went wrong on this rank.
-        memory: of each rank of the node, for what more than one of them needs; None or empty where nothing is shared.
     """
 
     def __init__(
@@ -77,25 +60,25 @@ class LoadRound:
         commit: Commit,
         members: Membership,
         state: object,
-        asked: Asked,
+        options: LoadOptions,
         touched: set[str],
     ) -> None:
         self._backend = backend
         self._commit = commit
-        self._rank, self._world_size = members.rank, members.world_size
+        self._members = members
         self._state = state
-        self._asked = asked
+        self._options = options
         self._targets: Targets | None = None
         self._contents: Contents | None = None
         self._tensors: Mapping[str, torch.Tensor] = {}
         self._values: dict[str, object] = {}
         self._shares: Shares | None = None
         self._staged = Staged()
-        self._ranks: tuple[int, ...] = ()
+        self._node: tuple[int, ...] = ()
         self._reader = reads_chunks(backend)
         self._touched = touched
         self.error: Exception | None = None
-        self.memory: dict[int, _C.Arena] | None = None
+        self._memory: dict[int, _C.Arena] | None = None
 
     @property
     def contents(self) -> Contents:
@@ -117,10 +100,10 @@ class LoadRound:
                 survey_contents(
                     self._backend,
                     self._commit,
-                    self._rank,
+                    self._members.rank,
                     lambda saved: self._want(targets, saved),
-                    dict if self._reader is None or self._asked.all_or_nothing else targets.homes,
-                    self._world_size,
+                    dict if self._reader is None or self._options.all_or_nothing else targets.homes,
+                    self._members.world_size,
                 )
             )
             wanted = self._contents.wanted
@@ -136,7 +119,7 @@ class LoadRound:
         return self._report(survey)
 
     def _want(self, targets: Targets, saved: SavedState) -> Wanted:
-        wanted = targets.want(saved, self._asked.keys)
+        wanted = targets.want(saved, check_keys(self._options.keys))
         lines = [
             f"{fqn}: holds bytes of a newer step that is damaged, and is not in this one"
             for fqn in targets.left_alone(self._touched)
@@ -152,22 +135,27 @@ class LoadRound:
 
         def divide_node() -> Report:
             for node in nodes:
-                if self._rank in node["ranks"]:
-                    self._ranks = tuple(node["ranks"])
+                if self._members.rank in node["ranks"]:
+                    self._node = tuple(node["ranks"])
                     needs = [unpack(packed) for packed in node["needs"]]
-                    needs = needs * len(self._ranks) if len(needs) == 1 else needs
+                    needs = needs * len(self._node) if len(needs) == 1 else needs
                     self._contents = run_sync(with_parts_of(self._backend, self.contents, needs))
                     self._shares = divide(needs, self._contents.parts)
             return {"kind": "sound"}
 
         return self._report(divide_node)
 
-    @property
-    def common(self) -> tuple[Sequence[int], int]:
-        """The ranks of this node, if they have anything in common, and the bytes that this one reads for all."""
-        if self._shares is None:
-            return (), 0
-        return self._ranks, place(self._shares.common[self._ranks.index(self._rank)]).nbytes
+    def share_memory(self, key: str) -> None:
+        """Makes the memory for what ranks of this node need in common. All ranks call it.
+
+        Args:
+            key: prefix of this load in the Store.
+        """
+        nbytes = 0
+        if self._shares is not None:
+            nbytes = place(self._shares.common[self._node.index(self._members.rank)]).nbytes
+        tag = f"dtruntime-{self._members.run_id}-{key.replace('/', '-')}"
+        self._memory = share_memory(self._members.barrier, key, tag, self._node, nbytes)
 
     def read(self) -> Report:
         """Reads this rank's share, straight into the memory of the node, and what only this rank needs.
@@ -176,11 +164,13 @@ class LoadRound:
         """
 
         def read() -> Report:
-            contents, shares, ranks = self.contents, self._shares, self._ranks
-            if self.memory is None or shares is None:
-                shares, ranks = divide([contents.needs], contents.parts), (self._rank,)
-            common = [self.memory[rank] for rank in ranks] if self.memory else []
-            staged = run_sync(read_shares(self._backend, contents, shares, ranks.index(self._rank), common))
+            contents, shares, ranks = self.contents, self._shares, self._node
+            if self._memory is None or shares is None:
+                shares, ranks = divide([contents.needs], contents.parts), (self._members.rank,)
+            common = [self._memory[rank] for rank in ranks] if self._memory else []
+            staged = run_sync(
+                read_shares(self._backend, contents, shares, ranks.index(self._members.rank), common)
+            )
             self._staged = staged
             run_sync(check_home_headers(self._backend, contents))
             return {"kind": "sound"}
@@ -221,7 +211,7 @@ class LoadRound:
 
     def release(self) -> None:
         """Lets go of what was read."""
-        self.memory, self._staged, self._tensors, self._values = None, Staged(), {}, {}
+        self._memory, self._staged, self._tensors, self._values = None, Staged(), {}, {}
 
     def _report(self, step: Callable[[], Report]) -> Report:
         try:

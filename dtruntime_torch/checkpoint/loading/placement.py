@@ -15,8 +15,8 @@ from dtruntime_torch.checkpoint.loading.read_requests import JOIN_BYTES
 
 PAGE_BYTES = 4096
 
-REQUEST_BYTES = 8 << 20
-"""A request ends where the file passes a multiple of this: at a page, and while its bytes are in the caches."""
+FETCH_BYTES = 8 << 20
+"""A fetch ends where the file passes a multiple of this: at a page, and while its bytes are in the caches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def _fetches(stretch: Sequence[tuple[Run, int]]) -> list[Fetch]:
         return []
     (first, at), (last, _) = stretch[0], stretch[-1]
     begin, end = first.offset, last.offset + last.length
-    borders = range(begin - begin % REQUEST_BYTES + REQUEST_BYTES, end, REQUEST_BYTES)
+    borders = range(begin - begin % FETCH_BYTES + FETCH_BYTES, end, FETCH_BYTES)
     edges = [begin, *borders, end]
     return [
         Fetch(first.path, start, stop - start, at + start - begin)

@@ -36,7 +36,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class ReadRequest:
     """Pieces that are read together: they ascend, and lie within REQUEST_BYTES."""
 
     file: int
@@ -81,7 +81,7 @@ def split_at(pieces: Sequence[Piece], size: int, chunk_bytes: int) -> tuple[list
     return there, lost
 
 
-def requests_for(file: int, pieces: Sequence[Piece]) -> Iterator[Request]:
+def requests_for(file: int, pieces: Sequence[Piece]) -> Iterator[ReadRequest]:
     """The requests that bring the pieces of one file, which ascend."""
     together: list[Piece] = []
     for piece in pieces:
@@ -95,6 +95,6 @@ def requests_for(file: int, pieces: Sequence[Piece]) -> Iterator[Request]:
         yield _request(file, together)
 
 
-def _request(file: int, pieces: Sequence[Piece]) -> Request:
+def _request(file: int, pieces: Sequence[Piece]) -> ReadRequest:
     begin, end = pieces[0].offset, pieces[-1].offset + pieces[-1].length
-    return Request(file, begin, end - begin, tuple(pieces))
+    return ReadRequest(file, begin, end - begin, tuple(pieces))

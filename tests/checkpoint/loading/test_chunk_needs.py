@@ -141,14 +141,14 @@ def test_what_a_rank_wants_is_its_own_or_common(node) -> None:
 
 
 @given(nodes(), st.sampled_from([4096, 8192, 1 << 20]))
-def test_each_byte_has_a_place_of_its_own_and_comes_in_one_request(node, request_bytes) -> None:
+def test_each_byte_has_a_place_of_its_own_and_comes_in_one_request(node, fetch_bytes) -> None:
     parts, plans = node
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(placement, "REQUEST_BYTES", request_bytes)
+        patch.setattr(placement, "FETCH_BYTES", fetch_bytes)
         placed = place(runs_of(parts, needs_of(plans[0], parts)))
     memory: dict[int, tuple[str, int]] = {}
     for fetch in placed.fetches:
-        assert 0 < fetch.length <= request_bytes and fetch.at % PAGE_BYTES == fetch.offset % PAGE_BYTES
+        assert 0 < fetch.length <= fetch_bytes and fetch.at % PAGE_BYTES == fetch.offset % PAGE_BYTES
         for at in range(fetch.length) if fetch.length < 4096 else (0, fetch.length - 1):
             assert memory.setdefault(fetch.at + at, (fetch.path, fetch.offset + at)) == (
                 fetch.path,

@@ -12,7 +12,7 @@ import torch
 from typing_extensions import Buffer
 
 import dtruntime_torch as dt
-from dtruntime_torch.checkpoint.restore import HALF_FILLED
+from dtruntime_torch.checkpoint.loading.load_together import HALF_FILLED
 from dtruntime_torch.errors import DTRuntimeError, StorageError
 from dtruntime_torch.storage import LocalBackend
 from dtruntime_torch.storage.backend import Entry

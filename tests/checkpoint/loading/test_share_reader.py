@@ -29,11 +29,11 @@ def all_runs(saved: Stored) -> list[Run]:
 
 
 def read(
-    backend: StorageBackend, saved: Stored, request_bytes: int = 4096, headers: Sequence[str] = ()
+    backend: StorageBackend, saved: Stored, fetch_bytes: int = 4096, headers: Sequence[str] = ()
 ) -> tuple[list[Damage], dict[int, bytes]]:
     """What arrives of each tensor, put together from where it was placed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(placement, "REQUEST_BYTES", request_bytes)
+        patch.setattr(placement, "FETCH_BYTES", fetch_bytes)
         placed = place(all_runs(saved))
     memory = memoryview(bytearray(b"\xff" * placed.nbytes))
     damage = run_sync(read_share(backend, "model", {0: saved.part}, placed, memory, headers))

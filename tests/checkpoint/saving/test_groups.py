@@ -115,7 +115,9 @@ def test_every_rank_plans_as_if_it_knew_what_each_other_holds(world: World):
         make_save_plan(rank, world_size, own, known.specs, known.members)
         for rank, (own, known) in enumerate(zip(world.states, found, strict=True))
     ]
-    assert plans == plans_of(world.states)
+    # Which of several parts complete one depends on whose structure was shown.
+    written = [[replace(plan, completed_by=()) for plan in of] for of in (plans, plans_of(world.states))]
+    assert written[0] == written[1]
 
 
 def test_names_of_any_characters_travel(store):
