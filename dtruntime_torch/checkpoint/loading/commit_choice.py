@@ -53,7 +53,7 @@ class CommitChoice:
         if step is not None:
             raise error
         self._rejected[commit.key] = error.damage
-        self.notes.append(f"{error}; going on with the checkpoint before it")
+        self.notes.append(f"{error}; it is passed over")
 
     def is_there(self, commit: Commit) -> bool:
         """Whether it is still committed: what a prune took away meanwhile is not damaged."""
