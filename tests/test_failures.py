@@ -7,6 +7,7 @@ import errno
 import multiprocessing
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 from contextlib import suppress
@@ -54,11 +55,12 @@ def save(backend: StorageBackend, step: int, timeout: float = 600.0) -> dt.Check
 
 
 def calls_of_a_save() -> list[tuple[str, str]]:
-    backend = FaultyBackend(MemoryBackend())
-    save(backend, 1)
-    before = len(backend.calls)
-    save(backend, 2)
-    return backend.calls[before:]
+    with tempfile.TemporaryDirectory() as folder:
+        backend = FaultyBackend(LocalBackend(folder))
+        save(backend, 1)
+        before = len(backend.calls)
+        save(backend, 2)
+        return backend.calls[before:]
 
 
 CALLS = calls_of_a_save()
@@ -81,6 +83,10 @@ def test_a_kill_before_any_call_loses_nothing_committed(tmp_path, nth):
     assert load_newest(LocalBackend(tmp_path)) == (1 if nth <= COMMIT else 2)
     save(LocalBackend(tmp_path), 3)
     assert load_newest(LocalBackend(tmp_path)) == 3
+
+
+def test_the_save_that_is_killed_loads_straight_into_place_before():
+    assert "read_chunks" in {operation for operation, _ in CALLS}
 
 
 def test_every_file_is_there_before_what_names_it():

@@ -11,7 +11,7 @@ import asyncio
 import errno
 import os
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -19,13 +19,53 @@ from typing import Literal, cast
 
 from typing_extensions import Buffer
 
+from dtruntime_torch import _C
 from dtruntime_torch.errors import InvalidArgument, NotFound, StorageError
 from dtruntime_torch.storage.arguments import as_views
-from dtruntime_torch.storage.backend import Data, Entry, Listing, StorageBackend
+from dtruntime_torch.storage.backend import Data, Entry, Listing, StorageBackend, reads_chunks
 
 Operation = Literal[
-    "write", "create", "read", "read_range", "size", "list", "delete", "unfinished", "discard_unfinished"
+    "write",
+    "create",
+    "read",
+    "read_range",
+    "read_chunks",
+    "size",
+    "list",
+    "delete",
+    "unfinished",
+    "discard_unfinished",
 ]
+ReadChunks = Callable[[str, Sequence[int], Sequence[memoryview], int], Awaitable[bytes]]
+"""The method of that name."""
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Where a `read_chunks` puts what it reads.
+
+    Attributes:
+        into: the pieces of memory.
+        chunk_bytes: size of a chunk; chunks are counted from the start of their piece.
+    """
+
+    into: Sequence[memoryview]
+    chunk_bytes: int
+
+    def joined(self) -> bytes:
+        """What is there, one piece after the other."""
+        return b"".join(self.into)
+
+    def land(self, data: bytes) -> bytes:
+        """Puts other bytes there; returns the digests of the chunks that these fill."""
+        digests, rest = b"", memoryview(data)
+        for piece in self.into:
+            whole = _land(rest[: piece.nbytes], piece)
+            rest = rest[piece.nbytes :]
+            if whole.nbytes < piece.nbytes:
+                whole = whole[: whole.nbytes // self.chunk_bytes * self.chunk_bytes]
+            digests += _C.digest(whole, self.chunk_bytes)
+        return digests
 
 
 @dataclass
@@ -36,7 +76,9 @@ class Call:
         operation: the method's name.
         path: its path; a listing's prefix.
         data: what a write or create stores; a fault may replace it. None for the others.
-        within: the bytes of the file that a `read_range` reads, from and up to; None for the others.
+        within: the bytes of the file that a `read_range` or `read_chunks` reads, each piece from and up to; None for
+            the others.
+        pieces: where a `read_chunks` puts them; None for the others.
         run: does the call with `data` as it is then.
     """
 
@@ -44,7 +86,8 @@ class Call:
     path: str
     data: Data | None
     run: Callable[[Data | None], Awaitable[object]]
-    within: tuple[int, int] | None = None
+    within: Sequence[tuple[int, int]] | None = None
+    pieces: Pieces | None = None
 
     async def proceed(self) -> object:
         """Does the call on the inner backend and returns its result."""
@@ -84,6 +127,9 @@ def damaged(change: Callable[[bytes], bytes]) -> Fault:
         if call.data is not None:
             call.data = change(b"".join(as_views(call.data)))
             return await call.proceed()
+        if call.pieces is not None:
+            await call.proceed()
+            return call.pieces.land(change(call.pieces.joined()))
         if call.operation not in ("read", "read_range"):
             raise InvalidArgument(f"a {call.operation} carries no bytes that could be damaged")
         return change(bytes(cast(Buffer, await call.proceed())))
@@ -95,10 +141,11 @@ def unreadable(start: int = 0, stop: int | None = None) -> Fault:
     """A read that touches these bytes of the file, all without `stop`, ends in EIO, as where a sector is bad."""
 
     async def fault(call: Call) -> object:
-        if call.operation not in ("read", "read_range"):
+        if call.operation not in ("read", "read_range", "read_chunks"):
             return await call.proceed()
-        first, last = call.within if call.within is not None else (0, None)
-        if (stop is not None and first >= stop) or (last is not None and last <= start):
+        if call.within is not None and not any(
+            last > start and (stop is None or first < stop) for first, last in call.within
+        ):
             return await call.proceed()
         error = call.error("met a bad sector")
         error.errno = errno.EIO
@@ -127,7 +174,7 @@ def hidden() -> Fault:
     """What is written or deleted silently is not; what is read or listed is not there."""
 
     async def fault(call: Call) -> object:
-        if call.operation in ("read", "read_range", "size"):
+        if call.operation in ("read", "read_range", "read_chunks", "size"):
             raise NotFound(f"scripted fault: {call.path} is hidden")
         return {"list": [], "unfinished": [], "discard_unfinished": 0}.get(call.operation)
 
@@ -220,6 +267,7 @@ class FaultyBackend:
 
     def __init__(self, inner: StorageBackend) -> None:
         self._inner = inner
+        self._reader = reads_chunks(inner)
         self.settle_seconds = inner.settle_seconds
         self._lock = threading.Lock()
         self._rules: list[_Rule] = []
@@ -252,9 +300,27 @@ class FaultyBackend:
         def run(_: Data | None) -> Awaitable[object]:
             return self._inner.read_range(path, offset, length, into=into)
 
-        within = (offset, offset + length)
+        within = [(offset, offset + length)]
         result = cast(Buffer, await self._run("read_range", path, run, within=within))
         return result if into is None else _land(result, into)
+
+    @property
+    def read_chunks(self) -> ReadChunks | None:
+        """As the inner backend has it; None where that has none."""
+        return None if self._reader is None else self._read_chunks
+
+    async def _read_chunks(
+        self, path: str, offsets: Sequence[int], into: Sequence[memoryview], chunk_bytes: int
+    ) -> bytes:
+        assert self._reader is not None
+        reader = self._reader
+
+        def run(_: Data | None) -> Awaitable[object]:
+            return reader.read_chunks(path, offsets, into, chunk_bytes)
+
+        within = [(at, at + piece.nbytes) for at, piece in zip(offsets, into, strict=True)]
+        pieces = Pieces(into, chunk_bytes)
+        return cast(bytes, await self._run("read_chunks", path, run, within=within, pieces=pieces))
 
     async def size(self, path: str) -> int:
         return cast(int, await self._run("size", path, lambda _: self._inner.size(path)))
@@ -282,12 +348,13 @@ class FaultyBackend:
         path: str,
         run: Callable[[Data | None], Awaitable[object]],
         data: Data | None = None,
-        within: tuple[int, int] | None = None,
+        within: Sequence[tuple[int, int]] | None = None,
+        pieces: Pieces | None = None,
     ) -> object:
         with self._lock:
             self.calls.append((operation, path))
             striking = [rule.fault for rule in self._rules if rule.strikes(operation, path)]
-        call = Call(operation, path, data, run, within)
+        call = Call(operation, path, data, run, within, pieces)
         return await (striking[0](call) if striking else call.proceed())
 
 

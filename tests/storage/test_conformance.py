@@ -40,3 +40,9 @@ class TestFaultyBackendWithoutRules(StorageConformance):
     @pytest.fixture
     def backend(self) -> FaultyBackend:
         return FaultyBackend(MemoryBackend())
+
+
+class TestFaultyBackendWithoutRulesThatReadsChunks(StorageConformance):
+    @pytest.fixture
+    def backend(self, tmp_path: Path) -> FaultyBackend:
+        return FaultyBackend(LocalBackend(tmp_path))

@@ -1,17 +1,22 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import subprocess
 import sys
 import textwrap
 import threading
+from pathlib import Path
 
 import pytest
 
+from dtruntime_torch import _C
 from dtruntime_torch.errors import InvalidArgument, NotFound, StorageError
-from dtruntime_torch.storage import MemoryBackend, run_sync
+from dtruntime_torch.storage import LocalBackend, MemoryBackend, run_sync
+from dtruntime_torch.storage.backend import reads_chunks
 from dtruntime_torch.storage.sync import in_thread
 from dtruntime_torch.testing.faulty_backend import (
+    Fault,
     FaultyBackend,
     Stopped,
     flipped,
@@ -20,6 +25,7 @@ from dtruntime_torch.testing.faulty_backend import (
     lost_answer,
     not_done,
     truncated,
+    unreadable,
 )
 
 
@@ -181,3 +187,121 @@ def test_the_calls_are_kept_in_order(backend) -> None:
         run_sync(backend.create("a", b""))
     run_sync(backend.list("a/"))
     assert backend.calls == [("create", "a"), ("list", "a/")]
+
+
+# --- chunks read straight into memory ---------------------------------------------------------------------------
+
+FILE = bytes(range(100))
+OFFSETS, SIZES, CHUNK = (0, 60), (20, 10), 8
+
+
+class Chunks:
+    """One read of two pieces of a file, of three chunks and of two, through a fault or none."""
+
+    def __init__(self, folder: Path) -> None:
+        self.backend = FaultyBackend(LocalBackend(folder))
+        self.into = [bytearray(size) for size in SIZES]
+        run_sync(self.backend.write("file", FILE))
+
+    def read(self) -> bytes:
+        reader = reads_chunks(self.backend)
+        assert reader is not None
+        views = [memoryview(piece) for piece in self.into]
+        return run_sync(reader.read_chunks("file", OFFSETS, views, CHUNK))
+
+    @property
+    def arrived(self) -> bytes:
+        return b"".join(self.into)
+
+
+EXPECTED = b"".join(FILE[at : at + size] for at, size in zip(OFFSETS, SIZES, strict=True))
+
+
+def digests(data: bytes | bytearray) -> bytes:
+    """Of the pieces, as they arrived."""
+    return _C.digest(data[: SIZES[0]], CHUNK) + _C.digest(data[SIZES[0] :], CHUNK)
+
+
+@pytest.fixture
+def chunks(tmp_path: Path) -> Chunks:
+    return Chunks(tmp_path)
+
+
+class OwnWay(LocalBackend):
+    """Reads in a way of its own, past which no chunks may be read."""
+
+    async def read_range(self, *arguments, **more):
+        return await super().read_range(*arguments, **more)
+
+
+@pytest.mark.parametrize("inner_of", [lambda folder: MemoryBackend(), OwnWay], ids=["memory", "own way"])
+def test_chunks_are_read_only_where_the_inner_backend_reads_them(tmp_path: Path, inner_of) -> None:
+    assert reads_chunks(FaultyBackend(inner_of(tmp_path))) is None
+    assert reads_chunks(FaultyBackend(FaultyBackend(inner_of(tmp_path)))) is None
+    assert reads_chunks(FaultyBackend(FaultyBackend(LocalBackend(tmp_path)))) is not None
+
+
+def test_chunks_are_a_call_of_their_own(chunks: Chunks) -> None:
+    chunks.backend.when("read_range", "*", not_done(), nth=None)
+    assert (chunks.read(), chunks.arrived) == (digests(EXPECTED), EXPECTED)
+    assert chunks.backend.calls[-1] == ("read_chunks", "file")
+
+
+@pytest.mark.parametrize(
+    ("fault", "arrived"), [(not_done(), bytes(30)), (lost_answer(), EXPECTED)], ids=["refused", "lost"]
+)
+def test_chunks_are_refused_or_their_answer_is_lost(chunks: Chunks, fault: Fault, arrived: bytes) -> None:
+    chunks.backend.when("read*", "*", fault)
+    with pytest.raises(StorageError, match="read_chunks of file"):
+        chunks.read()
+    assert chunks.arrived == arrived
+
+
+def test_damaged_chunks_have_the_digests_of_what_arrived(chunks: Chunks) -> None:
+    chunks.backend.when("read_chunks", "*", flipped(25))
+    changed = bytearray(EXPECTED)
+    changed[25] ^= 1
+    assert (chunks.read(), chunks.arrived) == (digests(changed), bytes(changed))
+
+
+@pytest.mark.parametrize(("length", "whole"), [(29, 4), (28, 4), (27, 3), (20, 3), (19, 2), (7, 0), (0, 0)])
+def test_of_chunks_that_end_short_only_whole_ones_have_digests(
+    chunks: Chunks, length: int, whole: int
+) -> None:
+    chunks.backend.when("read_chunks", "*", truncated(length))
+    assert chunks.read() == digests(EXPECTED)[: 16 * whole]
+    assert chunks.arrived[:length] == EXPECTED[:length]
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "meets"),
+    [(19, 20, True), (20, 60, False), (59, 61, True), (70, None, False), (69, None, True), (0, None, True)],
+)
+def test_chunks_meet_a_bad_sector_that_one_piece_touches(
+    chunks: Chunks, start: int, stop: int | None, meets: bool
+) -> None:
+    chunks.backend.when("read_chunks", "*", unreadable(start, stop))
+    if not meets:
+        assert chunks.read() == digests(EXPECTED)
+        return
+    with pytest.raises(StorageError, match="bad sector") as caught:
+        chunks.read()
+    assert caught.value.errno == errno.EIO
+
+
+def test_chunks_of_a_hidden_file_are_not_there(chunks: Chunks) -> None:
+    chunks.backend.when("*", "*", hidden(), nth=None)
+    with pytest.raises(NotFound):
+        chunks.read()
+
+
+def test_a_stopped_read_of_chunks_goes_on_once_it_is_released(chunks: Chunks) -> None:
+    stopped = Stopped()
+    chunks.backend.when("read_chunks", "*", stopped)
+    reader = threading.Thread(target=chunks.read)
+    reader.start()
+    assert stopped.reached.wait(timeout=60)
+    assert chunks.arrived == bytes(30)
+    stopped.release()
+    reader.join(timeout=60)
+    assert chunks.arrived == EXPECTED

@@ -11,37 +11,37 @@ import torch
 from dtruntime_torch.checkpoint.info import CheckpointInfo
 from dtruntime_torch.errors import BarrierTimeout, InvalidArgument, LoadFailed
 from dtruntime_torch.storage import MemoryBackend
-from dtruntime_torch.testing.faulty_backend import FaultyBackend, flipped
+from dtruntime_torch.storage.backend import StorageBackend
+from dtruntime_torch.testing.faulty_backend import flipped
 from tests.checkpoint.thread_ranks import Rank, make_ranks, together
 
 
-def two_steps() -> tuple[FaultyBackend, list[Rank], list[dict[str, torch.Tensor]]]:
+def two_steps(backend: StorageBackend) -> tuple[list[Rank], list[dict[str, torch.Tensor]]]:
     """Two ranks that hold different names saved steps 1 and 2."""
-    backend = FaultyBackend(MemoryBackend())
     ranks = make_ranks(2, backend)
     for step in (1, 2):
         states = [{f"stage{i}": torch.full((5000,), float(step))} for i in (0, 1)]
         saves = [partial(rank.save, state, step) for rank, state in zip(ranks, states, strict=True)]
         assert all(isinstance(result, CheckpointInfo) for result in together(*saves))
-    return backend, ranks, [{f"stage{i}": torch.zeros(5000)} for i in (0, 1)]
+    return ranks, [{f"stage{i}": torch.zeros(5000)} for i in (0, 1)]
 
 
 def load(ranks: list[Rank], states: list[dict[str, torch.Tensor]]) -> list[object]:
     return together(*[partial(rank.load, state) for rank, state in zip(ranks, states, strict=True)])
 
 
-def test_damage_that_one_rank_meets_sends_all_to_the_step_before():
-    backend, ranks, states = two_steps()
-    backend.when("read_range", "*/step-00000002/*/shard-00001-*.safetensors", flipped(-1), nth=None)
+def test_damage_that_one_rank_meets_sends_all_to_the_step_before(backend, data_read):
+    ranks, states = two_steps(backend)
+    backend.when(data_read, "*/step-00000002/*/shard-00001-*.safetensors", flipped(-1), nth=None)
     with pytest.warns(RuntimeWarning, match="shard-00001"):
         results = load(ranks, states)
     assert [result.step for result in results if isinstance(result, CheckpointInfo)] == [1, 1]
     assert all((tensor == 1).all() for state in states for tensor in state.values())
 
 
-def test_warnings_that_are_errors_leave_no_rank_behind():
-    backend, ranks, states = two_steps()
-    backend.when("read_range", "*/step-00000002/*/shard-00001-*.safetensors", flipped(-1), nth=None)
+def test_warnings_that_are_errors_leave_no_rank_behind(backend, data_read):
+    ranks, states = two_steps(backend)
+    backend.when(data_read, "*/step-00000002/*/shard-00001-*.safetensors", flipped(-1), nth=None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         results = load(ranks, states)
@@ -51,7 +51,7 @@ def test_warnings_that_are_errors_leave_no_rank_behind():
 
 @pytest.mark.parametrize("odd", [0, 1])
 def test_an_interrupted_rank_ends_the_load_on_all(odd, monkeypatch):
-    _, ranks, states = two_steps()
+    ranks, states = two_steps(MemoryBackend())
 
     class Interrupting(dict[str, torch.Tensor]):
         def items(self):
@@ -90,7 +90,7 @@ def test_a_state_that_one_rank_cannot_fill_is_filled_on_none(odd):
 
 @pytest.mark.parametrize("asked", [(1, 2), (None, 2), (1, None)])
 def test_ranks_that_ask_for_different_steps_are_told(asked):
-    _, ranks, states = two_steps()
+    ranks, states = two_steps(MemoryBackend())
     loads = [partial(rank.load, state, step) for rank, state, step in zip(ranks, states, asked, strict=True)]
     assert all(isinstance(result, InvalidArgument) and "rank 1" in str(result) for result in together(*loads))
     assert not any(tensor.any() for state in states for tensor in state.values())

@@ -43,14 +43,13 @@ def state(step: float) -> dict[str, torch.Tensor]:
     return {"w": torch.arange(3000.0) + step, "b": torch.full((10,), float(step))}
 
 
-def saved(ranks: int = 2) -> tuple[FaultyBackend, list[Rank]]:
+def saved(backend: FaultyBackend, ranks: int = 2) -> list[Rank]:
     """Two checkpoints of as many ranks."""
-    backend = FaultyBackend(MemoryBackend())
     made = make_ranks(ranks, backend)
     for step in (1, 2):
         results = together(*[partial(rank.save, state(step), step) for rank in made])
         assert all(isinstance(result, CheckpointInfo) for result in results), results
-    return backend, made
+    return made
 
 
 def path_of(backend: FaultyBackend, suffix: str) -> str:
@@ -79,8 +78,8 @@ def is_state(found: dict[str, torch.Tensor], step: float) -> bool:
 
 
 @pytest.mark.parametrize("pattern", FILES)
-def test_what_cannot_be_read_sends_all_ranks_to_the_step_before(pattern: str) -> None:
-    backend, ranks = saved()
+def test_what_cannot_be_read_sends_all_ranks_to_the_step_before(backend: FaultyBackend, pattern: str) -> None:
+    ranks = saved(backend)
     backend.when("read*", pattern, unreadable(1), nth=None)
     with pytest.warns(
         RuntimeWarning, match=r"could not read it \(EIO\).*going on with the checkpoint before"
@@ -91,8 +90,8 @@ def test_what_cannot_be_read_sends_all_ranks_to_the_step_before(pattern: str) ->
 
 
 @pytest.mark.parametrize("pattern", FILES)
-def test_over_a_network_it_is_an_outage_and_no_load_falls_back(pattern: str) -> None:
-    backend, ranks = saved(1)
+def test_over_a_network_it_is_an_outage_and_no_load_falls_back(backend: FaultyBackend, pattern: str) -> None:
+    ranks = saved(backend, 1)
     backend.settle_seconds = 90.0
     backend.when("read*", pattern, unreadable(1), nth=None)
     (result,), (found,) = load_all(ranks)
@@ -101,8 +100,10 @@ def test_over_a_network_it_is_an_outage_and_no_load_falls_back(pattern: str) -> 
 
 
 @pytest.mark.parametrize("pattern", FILES)
-def test_a_step_that_cannot_be_read_is_corrupt_where_it_was_asked_for(pattern: str) -> None:
-    backend, ranks = saved()
+def test_a_step_that_cannot_be_read_is_corrupt_where_it_was_asked_for(
+    backend: FaultyBackend, pattern: str
+) -> None:
+    ranks = saved(backend)
     backend.when("read*", pattern, unreadable(1), nth=None)
     results, states = load_all(ranks, step=2)
     assert all(isinstance(result, CorruptCheckpoint) for result in results), results
@@ -112,8 +113,8 @@ def test_a_step_that_cannot_be_read_is_corrupt_where_it_was_asked_for(pattern: s
 
 @pytest.mark.parametrize("pattern", FILES)
 @pytest.mark.parametrize("nth", [1, 2, 3])
-def test_a_hiccup_costs_no_work(pattern: str, nth: int) -> None:
-    backend, ranks = saved()
+def test_a_hiccup_costs_no_work(backend: FaultyBackend, pattern: str, nth: int) -> None:
+    ranks = saved(backend)
     for again in (nth, nth + 1):
         backend.when("read*", pattern, unreadable(), nth=again)
     results, states = load_all(ranks)
@@ -123,8 +124,10 @@ def test_a_hiccup_costs_no_work(pattern: str, nth: int) -> None:
 
 @pytest.mark.parametrize("code", [errno.ESTALE, errno.ETIMEDOUT, errno.ENOMEM, errno.EACCES, None])
 @pytest.mark.parametrize("pattern", FILES)
-def test_what_is_not_of_the_device_stays_an_error(pattern: str, code: int | None) -> None:
-    backend, ranks = saved()
+def test_what_is_not_of_the_device_stays_an_error(
+    backend: FaultyBackend, pattern: str, code: int | None
+) -> None:
+    ranks = saved(backend)
     error = StorageError("the storage has a bad day")
     error.errno = code
     backend.when("read*", pattern, not_done(error), nth=None)
