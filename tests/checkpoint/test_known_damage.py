@@ -60,7 +60,7 @@ def test_the_save_after_a_verify_that_found_damage_is_full_and_sound(backend, ma
 
 @pytest.mark.parametrize("step", [None, 1])
 @pytest.mark.parametrize("ending", [".safetensors", "-of-00001.json", "manifest.json", "0001-00000001.json"])
-@pytest.mark.filterwarnings("ignore:.*going on with the checkpoint before it")
+@pytest.mark.filterwarnings("ignore:.*it is passed over")
 def test_the_save_after_a_load_that_found_damage_is_full_and_sound(backend, manager, ending, step):
     manager.save(state_of(1), 1)
     flip(backend, ending)
@@ -84,7 +84,7 @@ def test_damage_that_was_met_on_the_way_to_what_does_not_fit_counts_too(backend,
         manager.load({"another": torch.ones(2)})
         manager.save(state_of(2), 2)
         flip(backend, ".safetensors", step=2)
-        with pytest.warns(RuntimeWarning, match="going on"), pytest.raises(CheckpointMismatch):
+        with pytest.warns(RuntimeWarning, match="passed over"), pytest.raises(CheckpointMismatch):
             manager.load(state_of(0))
         check_full(manager, 3)
 
@@ -139,7 +139,7 @@ def test_what_one_rank_alone_has_found_makes_all_save_in_full(backend, knows):
 
 
 @pytest.mark.parametrize("step", [None, 1])
-@pytest.mark.filterwarnings("ignore:.*going on with the checkpoint before it")
+@pytest.mark.filterwarnings("ignore:.*it is passed over")
 def test_damage_that_two_ranks_meet_in_a_load_makes_them_save_in_full_at_once(backend, step):
     states = make_states(2)
     ranks = delta_ranks(2, backend)
