@@ -306,7 +306,7 @@ async def _read_or_note(
     except CorruptCheckpoint as error:
         if notes is None:
             raise
-        note = f"{error}; going on with the checkpoint before it"
+        note = f"{error}; it is passed over"
         notes += [note] if note not in notes else []
         damage += error.damage
         return None

@@ -366,6 +366,13 @@ def test_pick_passes_over_a_commit_that_cannot_be_read_and_notes_it_once(shelf):
     assert COMMIT in note
 
 
+def test_the_note_about_the_only_commit_promises_none_before_it(shelf):
+    shelf.write(COMMIT, b"{}")
+    with pytest.raises(CorruptCheckpoint):
+        pick(shelf, notes=(notes := []))
+    assert [note.rpartition("; ")[2] for note in notes] == ["it is passed over"]
+
+
 def test_pick_of_a_step_does_not_fall_back(shelf):
     shelf.put_commit(6, 100)
     shelf.write(COMMIT, b"{}")

@@ -60,7 +60,7 @@ def test_the_save_after_a_verify_that_found_damage_is_full_and_sound(backend, ma
 
 @pytest.mark.parametrize("step", [None, 1])
 @pytest.mark.parametrize("ending", [".safetensors", "-of-00001.json", "manifest.json", "0001-00000001.json"])
-@pytest.mark.filterwarnings("ignore:.*going on with the checkpoint before it")
+@pytest.mark.filterwarnings("ignore:.*(going on with the checkpoint before it|it is passed over)")
 def test_the_save_after_a_load_that_found_damage_is_full_and_sound(backend, manager, ending, step):
     manager.save(state_of(1), 1)
     flip(backend, ending)
