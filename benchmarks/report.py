@@ -23,7 +23,7 @@ INTRODUCTION = """\
 Ours and a peer do the same work in turns, in one process. Figures are medians. A ratio is above 1 where ours is better:
 it is the median of the ratios of neighbouring runs, and the quartiles are theirs. A shared machine is fast one second
 and slow the next, so look at ratios rather than figures, and at the quartiles before either. A goal that is missed
-stays on the page as missed.
+stays on the page as missed. `python -m benchmarks.NAME` runs one alone, by the name above its table.
 """
 
 NO_GPU_RESULTS = """\
@@ -93,9 +93,7 @@ def _machine(host: Results) -> str:
 
 
 def _benchmark(name: str, found: Results) -> str:
-    return f"## {name}\n\n{found['about']} Run it alone: `python -m benchmarks.{name}`.\n\n" + _table(
-        found["metrics"]
-    )
+    return f"## {name}\n\n{found['about']}\n\n" + _table(found["metrics"])
 
 
 def _gpu(gpu: Results) -> str:

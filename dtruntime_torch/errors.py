@@ -7,8 +7,9 @@ happened, to which file, tensor or rank, and what to do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypedDict
 
 
 class DTRuntimeError(Exception):
@@ -133,19 +134,40 @@ class NewerFormat(DTRuntimeError, ValueError):
     """A sound checkpoint needs what only a later version of this package knows; upgrade to read it."""
 
 
-def to_record(error: BaseException) -> dict[str, str]:
+class _Told(TypedDict):
+    type: str
+    message: str
+
+
+class ErrorRecord(_Told, total=False):
+    """An error on its way to another rank.
+
+    Attributes:
+        type: the name of its class, if that is one of ours.
+        message: what it says.
+        errno: of what the operating system refused.
+    """
+
+    errno: int
+
+
+def to_record(error: BaseException) -> ErrorRecord:
     """Describes an error so that another rank can raise the like of it.
 
     Returns:
-        The name of its class and its message. A class that is not ours becomes `SaveFailed`'s message.
+        The name of its class, its message, and its errno if it has one. A class that is not ours becomes `SaveFailed`'s
+        message.
     """
     name = type(error).__name__
-    if isinstance(error, DTRuntimeError) and name in globals():
-        return {"type": name, "message": str(error)}
-    return {"type": "", "message": f"{name}: {error}"}
+    if not (isinstance(error, DTRuntimeError) and name in globals()):
+        return {"type": "", "message": f"{name}: {error}"}
+    record: ErrorRecord = {"type": name, "message": str(error)}
+    if isinstance(error, OSError) and error.errno is not None:
+        record["errno"] = error.errno
+    return record
 
 
-def from_record(record: dict[str, str], fallback: type[DTRuntimeError]) -> DTRuntimeError:
+def from_record(record: Mapping[str, Any], fallback: type[DTRuntimeError]) -> DTRuntimeError:
     """Makes the error that `to_record` described.
 
     Args:
@@ -155,4 +177,8 @@ def from_record(record: dict[str, str], fallback: type[DTRuntimeError]) -> DTRun
     kind = globals().get(record.get("type", ""), fallback)
     if not (isinstance(kind, type) and issubclass(kind, DTRuntimeError)):
         kind = fallback
-    return kind(record.get("message", ""))
+    error = kind(record.get("message", ""))
+    code = record.get("errno")
+    if isinstance(error, OSError) and isinstance(code, int):
+        error.errno = code
+    return error

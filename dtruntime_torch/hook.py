@@ -83,17 +83,20 @@ class CheckpointHook:
         self._state = _collect(model, optimizer, scheduler, sampler, extra or {})
         self._state["rng"] = PerRank(self._rng)
 
-    def restore(self) -> int:
+    def restore(self, *, all_or_nothing: bool = False) -> int:
         """Loads the newest sound checkpoint, if there is one.
 
         A rank that the checkpoint does not know (the world grew) seeds its generators from seed, step and rank.
+
+        Args:
+            all_or_nothing: as for `CheckpointManager.load`: touch nothing before every byte was checked.
 
         Returns:
             The number of steps done; 0 when there is nothing yet.
         """
         self._rng.loaded = None
         try:
-            info = self.manager.load(self._state)
+            info = self.manager.load(self._state, all_or_nothing=all_or_nothing)
         except CheckpointNotFound:
             self.current_step = 0
             return 0

@@ -293,7 +293,8 @@ class CheckpointManager:
             dry_run: delete nothing, only tell what would go.
 
         Returns:
-            What went: `commits`, `attempts` and `nbytes`; and in `blocked` why something did not.
+            What went: `commits`, `attempts` and `nbytes`; in `blocked` why something did not that should; and in
+            `in_use` which files of these and of earlier ones stay since deltas that stay use them.
 
         Raises:
             StorageError: the storage failed; nothing was deleted.

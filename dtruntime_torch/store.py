@@ -117,11 +117,11 @@ def decode(stored: bytes, before: str = "") -> bytes | DTRuntimeError:
     if stored[:1] == _VALUE:
         return stored[1:]
     record = parse_json(stored[1:])
-    if stored[:1] != _ERROR or not isinstance(record, dict) or set(record) != {"type", "message"}:
+    if stored[:1] != _ERROR or not isinstance(record, dict) or set(record) - {"errno"} != {"type", "message"}:
         return DTRuntimeError(
             f"the Store has {stored[:40]!r}, which says nothing; do all ranks run one version?"
         )
-    fields = {"type": str(record["type"]), "message": f"{before}{record['message']}"}
+    fields = {**record, "type": str(record["type"]), "message": f"{before}{record['message']}"}
     return errors.from_record(fields, fallback=DTRuntimeError)
 
 

@@ -182,6 +182,11 @@ def test_the_program_writes_results_and_page(monkeypatch, tmp_path):
     assert "### Some GPU" in (tmp_path / "docs" / "BENCHMARKS.md").read_text()
 
 
+def test_how_to_run_one_alone_is_told_once_for_all_tables():
+    two = {name: {"about": "Some.", "metrics": []} for name in ("bench_some", "bench_more")}
+    assert render({**host(), "benchmarks": two}).count("python -m benchmarks.") == 1
+
+
 def test_one_benchmark_may_be_run_again_beside_the_results_of_the_others(monkeypatch, tmp_path):
     first, again = host(metric("fast", 2.0, 1.0)), host(metric("slow", 1.0, 1.0))
     again["benchmarks"] = {"bench_more": again["benchmarks"]["bench_some"]}

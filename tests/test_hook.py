@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import dtruntime_torch as dt
-from dtruntime_torch.errors import CheckpointMismatch, InvalidArgument
+from dtruntime_torch.errors import CheckpointMismatch, CorruptCheckpoint, InvalidArgument
 
 
 class Average:
@@ -94,6 +94,20 @@ def test_an_interrupted_loop_goes_on_bit_for_bit(workers, killed_at):
 
 def test_restore_of_nothing_is_step_zero():
     assert Loop(dt.MemoryBackend()).hook.restore() == 0
+
+
+def test_a_restore_of_all_or_nothing_leaves_what_is_there_when_the_bytes_are_damaged(tmp_path):
+    model = torch.nn.Linear(8, 8, bias=False)
+    with dt.CheckpointManager(tmp_path) as manager:
+        hook = dt.CheckpointHook(manager, model=model, optimizer=torch.optim.SGD(model.parameters(), 0.1))
+        info = hook.save().result()
+        (data,) = (tmp_path / info.path).glob("*.safetensors")
+        weight = model.weight.detach().numpy().tobytes()
+        data.write_bytes(data.read_bytes().replace(weight, bytes(len(weight))))
+        torch.nn.init.constant_(model.weight, 7.0)
+        with pytest.raises(CorruptCheckpoint), pytest.warns(RuntimeWarning):
+            hook.restore(all_or_nothing=True)
+    assert torch.equal(model.weight, torch.full((8, 8), 7.0))
 
 
 def test_it_saves_every_n_steps():

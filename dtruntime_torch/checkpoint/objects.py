@@ -57,7 +57,7 @@ def register_codec(
         tag: its name on storage, with a dot in it: "torch.Size". It may never mean anything else.
         encode: gives a value that can be stored; equal values must give equal ones.
         decode: makes it again from that value. It must check what it is given: that comes from a file. Whatever
-            it raises becomes CorruptCheckpoint.
+            it raises becomes CorruptCheckpoint, but for a RecursionError.
 
     Raises:
         InvalidArgument: the tag has no dot or names another type already; the type has another tag, is stored without
@@ -261,6 +261,8 @@ def _decode_by_codec(codec: _Codec, inner: Json, where: str, depth: int) -> obje
     plain = _decode(inner, where, depth)
     try:
         return codec.decode(plain)
+    except RecursionError:  # what is decoded is shallow by now: the caller is too deep
+        raise
     except Exception as error:  # a codec's own constructor may raise anything on what it is not made for
         raise CorruptCheckpoint(f"{where}: not a {codec.tag}: {error}") from error
 

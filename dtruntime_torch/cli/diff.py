@@ -12,7 +12,7 @@ from dtruntime_torch.checkpoint.diff import Difference
 from dtruntime_torch.checkpoint.diff import diff as diff_checkpoints
 from dtruntime_torch.checkpoint.verify import find_commit
 from dtruntime_torch.cli.place import Place, find_place
-from dtruntime_torch.cli.screen import one_line, screen
+from dtruntime_torch.cli.screen import count, one_line, screen
 from dtruntime_torch.errors import InvalidArgument
 from dtruntime_torch.storage import run_sync
 
@@ -41,7 +41,9 @@ def diff(
     changed = sum(difference.changed for difference in differences)
     steps = f"{name} step {old} and step {new}"
     out.print(
-        f"{steps}: {_count(differences)}, {decimal(changed)} changed" if differences else f"{steps}: equal"
+        f"{steps}: {count(len(differences), 'difference')}, {decimal(changed)} changed"
+        if differences
+        else f"{steps}: equal"
     )
     if differences:
         raise typer.Exit(1)
@@ -72,7 +74,3 @@ def _cells(difference: Difference) -> tuple[str, str, str, str]:
         return what, "", "", f"{one_line(difference.fqn)} (no tensor)"
     known = "?" if difference.kind == "recut" else decimal(difference.changed)
     return what, known, decimal(difference.nbytes), one_line(difference.fqn)
-
-
-def _count(differences: list[Difference]) -> str:
-    return "1 difference" if len(differences) == 1 else f"{len(differences)} differences"

@@ -69,6 +69,8 @@ def print_report(name: str, report: PruneReport) -> None:
         out.print(f"{name} step {key.step} generation {key.generation}: {verb}")
     for reason in report.blocked:
         out.print(one_line(reason))
+    for reason in report.in_use:
+        out.print(f"{name}: {one_line(reason)}")
     out.print(
         f"{name}: {count(len(report.commits), 'checkpoint')} and the files of "
         f"{count(len(report.attempts), 'attempt')} {verb}, {decimal(report.nbytes)}"

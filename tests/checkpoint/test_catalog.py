@@ -162,7 +162,8 @@ def put_manifest_of_another_attempt(shelf: Shelf) -> None:
 def put_part_of_another_rank(shelf: Shelf) -> None:
     part = sample_part()
     path = part.files[0].path.replace("00001-of", "00000-of")
-    other = dataclasses.replace(part, rank=0, files=(dataclasses.replace(part.files[0], path=path),))
+    files = (dataclasses.replace(part.files[0], path=path),)
+    other = dataclasses.replace(part, rank=0, files=files, completed_by=(1,))
     encoded = encode_part(other)
     shelf.put(part, length=len(encoded), sha256=hashlib.sha256(encoded).hexdigest())
     shelf.write(PART, encoded)
@@ -364,6 +365,13 @@ def test_pick_passes_over_a_commit_that_cannot_be_read_and_notes_it_once(shelf):
         assert pick(shelf, notes=notes) == ((6, 900), KEY)
     (note,) = notes
     assert COMMIT in note
+
+
+def test_the_note_about_the_only_commit_promises_none_before_it(shelf):
+    shelf.write(COMMIT, b"{}")
+    with pytest.raises(CorruptCheckpoint):
+        pick(shelf, notes=(notes := []))
+    assert [note.rpartition("; ")[2] for note in notes] == ["it is passed over"]
 
 
 def test_pick_of_a_step_does_not_fall_back(shelf):

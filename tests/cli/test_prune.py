@@ -43,6 +43,15 @@ def test_a_dry_run_says_the_same_and_deletes_nothing(tmp_path, shelf):
     assert told.replace("would be deleted", "deleted") == prune(tmp_path, "--keep-last", 1).stdout
 
 
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_it_says_which_files_stay_because_a_delta_uses_them(tmp_path, shelf, dry_run):
+    shelf.put(1, 400, Attempt(1, 100, 1))
+    result = prune(tmp_path, "--keep-last", 1, *(["--dry-run"] if dry_run else []))
+    told = [line for line in result.stdout.splitlines() if "stay" in line]
+    assert told == ["model: files of step-00000100/0001-1 stay, used by step-00000400/0001-1"]
+    assert result.exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("options", "kept"),
     [

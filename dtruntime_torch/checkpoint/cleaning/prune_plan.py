@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from dtruntime_torch.checkpoint import names
@@ -11,6 +11,9 @@ from dtruntime_torch.checkpoint.cleaning.stock import Stock
 from dtruntime_torch.checkpoint.manifest import Commit
 from dtruntime_torch.checkpoint.names import Attempt, CommitKey
 from dtruntime_torch.checkpoint.objects import Json
+
+# How many of the deltas that use one attempt are named.
+MAX_TOLD = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,7 @@ class PruneReport:
         attempts: the folders whose files went, relative to the checkpoint's.
         nbytes: bytes of these files.
         blocked: why something stays that should go.
+        in_use: why files of what is no checkpoint any more stay, a line for each attempt: deltas that stay use them.
     """
 
     dry_run: bool
@@ -45,6 +49,7 @@ class PruneReport:
     attempts: tuple[str, ...]
     nbytes: int
     blocked: tuple[str, ...]
+    in_use: tuple[str, ...] = ()
 
 
 def make_plan(stock: Stock, policy: RetentionPolicy, generation: int) -> Plan:
@@ -102,8 +107,18 @@ def report(
     commits: Iterable[CommitKey],
     attempts: Collection[str],
     blocked: Iterable[str],
+    cleared: Collection[str] = (),
 ) -> PruneReport:
-    """Tells what goes or went, with the bytes that were there when stock was taken."""
+    """Tells what goes or went, with the bytes that were there when stock was taken.
+
+    Args:
+        dry_run: whether nothing was done.
+        stock: as it was before.
+        commits: the checkpoints that go.
+        attempts: those whose files go.
+        blocked: why something stays that should go.
+        cleared: the attempts whose manifests go.
+    """
     gone = [attempt for attempt in stock.nbytes if attempt in attempts]
     return PruneReport(
         dry_run=dry_run,
@@ -111,4 +126,14 @@ def report(
         attempts=tuple(gone),
         nbytes=sum(stock.nbytes[attempt] for attempt in gone),
         blocked=tuple(blocked),
+        in_use=tuple(_in_use(stock, attempts, cleared)),
     )
+
+
+def _in_use(stock: Stock, attempts: Collection[str], cleared: Collection[str]) -> Iterator[str]:
+    staying = {attempt: noted.uses for attempt, noted in stock.manifests.items() if attempt not in cleared}
+    for attempt in stock.nbytes:
+        users = sorted(user for user, uses in staying.items() if attempt in uses)
+        if users and attempt not in staying and attempt not in attempts:
+            more = f" and {len(users) - MAX_TOLD} more" if len(users) > MAX_TOLD else ""
+            yield f"files of {attempt} stay, used by {', '.join(users[:MAX_TOLD])}{more}"

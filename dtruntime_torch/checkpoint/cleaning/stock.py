@@ -52,16 +52,19 @@ async def take_stock(
     blocked = [_advise(name, key, why, files.keys() | unfinished.keys()) for key, why in unreadable.items()]
     manifests.forget_others(files)
     noted: dict[str, Noted] = {}
+    hidden: set[str] = set()
     committed = {commit.attempt: commit.manifest_sha256 for commit in commits.values()}
     for attempt in (attempt for attempt, listed in files.items() if catalog.has_manifest(listed)):
         try:
             one = await manifests.read(attempt, committed.get(attempt))
         except CleaningBlocked as error:
             blocked.append(str(error))
+            hidden.add(attempt)
         else:
             noted |= {} if one is None else {attempt: one}
     for commit in commits.values():
-        blocked += await _check(backend, manifests, commit, commit.attempt in noted, blocked)
+        if commit.attempt not in hidden:
+            blocked += await _check(backend, manifests, commit, commit.attempt in noted)
     nbytes = {
         attempt: sum(entry.size for entry in (*files.get(attempt, ()), *unfinished.get(attempt, ())))
         for attempt in sorted(files.keys() | unfinished.keys())
@@ -101,17 +104,15 @@ def _advise(name: str, key: CommitKey, why: str, attempts: Collection[str]) -> s
     return f"nothing of {name} is deleted, for a commit cannot be read: {why} its attempt up with {drops}"
 
 
-async def _check(
-    backend: StorageBackend, manifests: Manifests, commit: Commit, is_there: bool, blocked: list[str]
-) -> list[str]:
-    """What keeps a commit from being understood, unless that is known already."""
+async def _check(backend: StorageBackend, manifests: Manifests, commit: Commit, is_there: bool) -> list[str]:
+    """What keeps a commit from being understood, whose manifest is missing or could be read."""
     if is_there:
         try:
             await manifests.check(commit)
         except CleaningBlocked as error:
             return [str(error)]
         return []
-    path = names.manifest_path(commit.name, commit.attempt)
-    if any(path in reason for reason in blocked) or not await catalog.is_still_committed(backend, commit):
+    if not await catalog.is_still_committed(backend, commit):
         return []
+    path = names.manifest_path(commit.name, commit.attempt)
     return [str(manifests.blocked(commit.attempt, f"{path}, which is committed, is missing"))]

@@ -41,11 +41,11 @@ def judge(what: str, reports: Sequence[Report], is_committed: Callable[[], bool]
     failed = [(rank, report) for rank, report in enumerate(reports) if report["kind"] == "failed"]
     damaged = [report for report in reports if report["kind"] == "damaged"]
     if failed:
-        kinds = {report["type"] for _, report in failed}
         messages = "; ".join(f"rank {rank}: {report['message']}" for rank, report in failed)
-        return _verdict(
-            "failed", f"{what} could not be loaded: {messages}", kind=kinds.pop() if len(kinds) == 1 else ""
-        )
+        kinds = {(report["type"], report.get("errno")) for _, report in failed}
+        kind, code = kinds.pop() if len(kinds) == 1 else ("", None)
+        verdict = _verdict("failed", f"{what} could not be loaded: {messages}")
+        return {**verdict, "type": kind, "errno": code}
     if damaged:
         if not is_committed():
             return _verdict("again")
@@ -139,7 +139,5 @@ def _have_common(needs: Sequence[Needs]) -> bool:
     return False
 
 
-def _verdict(
-    verdict: str, message: str = "", damage: Sequence[dict[str, Any]] = (), kind: str = ""
-) -> Verdict:
-    return {"verdict": verdict, "type": kind, "message": message, "damage": list(damage)}
+def _verdict(verdict: str, message: str = "", damage: Sequence[dict[str, Any]] = ()) -> Verdict:
+    return {"verdict": verdict, "type": "", "message": message, "damage": list(damage)}

@@ -65,6 +65,8 @@ class Targets:
             if self._nodes.setdefault(node.fqn, node) is not node:
                 raise name_clash(node.fqn, self._nodes[node.fqn].path, node.path)
         self._requests: list[tuple[Node, Request]] = []
+        # Each thread has its own mode, and this is the one that will fill.
+        self._in_inference = torch.is_inference_mode_enabled()
 
     def want(self, saved: SavedState, keys: tuple[str, ...] | None = None) -> Wanted:
         """Compares the state with a checkpoint and says what is needed of that; nothing is changed.
@@ -79,7 +81,7 @@ class Targets:
                 optimizer, and whatever else is filled as one, is taken whole.
 
         Raises:
-            InvalidArgument: a key names a part of what is taken whole.
+            InvalidArgument: a key names a part of what is taken whole, or a tensor cannot be written to here.
         """
         chosen = select(saved, keys)
         divided, others = divide(leaves_of(chosen), self._nodes)
@@ -95,6 +97,9 @@ class Targets:
         for key in keys or ():
             if not self._knows(key) and select(saved, (key,)) == SavedState({}, {}):
                 total.differences.append(f"{key}: a key that names nothing")
+        if not self._in_inference:
+            filled = {spec.fqn for spec in total.tensors}
+            _refuse_inference(node for node in self._tensors_filled_in_place() if node.fqn in filled)
         return Wanted(
             tuple(total.tensors),
             tuple(total.objects),
@@ -221,6 +226,16 @@ def _is_plain(tensor: torch.Tensor) -> bool:
         and not (tensor.is_conj() or tensor.is_neg())
         and tensor.numel() > 0
     )
+
+
+def _refuse_inference(nodes: Iterable[Node]) -> None:
+    """Refuses what torch would refuse to fill, when other tensors are filled already."""
+    for node in nodes:
+        if local_part(node.value).is_inference():
+            raise InvalidArgument(
+                f"{node.fqn}: it was made under torch.inference_mode(), and outside of that it cannot be filled; make "
+                f"it anew or clone it outside of inference mode, or load under torch.inference_mode()"
+            )
 
 
 def _turn(node: Node) -> int:

@@ -55,7 +55,8 @@ class Leader:
         self._cleaner = Cleaner(backend, name, policies.retention)
         self._delta = policies.delta
         self._tries: Counter[CommitKey] = Counter()
-        # Seconds for one of the things for which the others wait: altogether less than they do.
+        # Seconds for one of the things for which the others wait: one that hangs leaves time for the rest. If several
+        # hang, the others may give up first; below a time-out of three minutes also if all calls of one commit do.
         self._share = members.barrier.timeout / 4
         self._patience = commit.Patience(seconds=min(60.0, self._share), call_seconds=min(30.0, self._share))
         retry = policies.retry
@@ -81,7 +82,7 @@ class Leader:
         return run_sync(retrying(self._retry, partial(self._name_in_time, step)))
 
     async def _name_in_time(self, step: int) -> Attempt:
-        # Twice what a claim is asked for at most, and with all tries less than the others wait.
+        # Room for a claim that is asked for during a share and answered late; a single try ends before the others give up.
         return await in_time(self._name_attempt(step), 2 * self._share, f"step {step} could not be begun")
 
     async def _name_attempt(self, step: int) -> Attempt:

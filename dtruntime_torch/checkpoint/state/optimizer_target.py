@@ -215,7 +215,8 @@ class _StateTarget:
         like, device, dtype = self.like(leaf), self._device(leaf), getattr(torch, leaf.dtype)
         if like is None or like.device != device:
             return torch.empty(leaf.global_shape, dtype=dtype, device=device)
-        if like.dtype == dtype and self._taken.isdisjoint(_addresses(like)):
+        # One that was made in inference mode refuses to be filled outside of it.
+        if like.dtype == dtype and not like.is_inference() and self._taken.isdisjoint(_addresses(like)):
             return like
         return torch.empty_like(like, dtype=dtype, requires_grad=False)
 

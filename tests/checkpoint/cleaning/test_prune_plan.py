@@ -102,6 +102,15 @@ def test_a_dry_run_tells_what_the_real_one_does_and_changes_nothing(shelf, polic
 
 
 @given(shelves(), policies)
+def test_why_files_stay_is_told_of_each_attempt_without_a_manifest_that_a_delta_uses(shelf, policy):
+    told = prune(shelf, policy).in_use
+    there = {path for path in shelf.attempts() if f"{path}/manifest.json" in shelf.files()}
+    named = set().union(*(uses_of(shelf, path) for path in there))
+    assert {line.split()[2] for line in told} == (shelf.attempts() & named) - there
+    assert len(told) == len(set(told))
+
+
+@given(shelves(), policies)
 def test_a_second_prune_finds_nothing_to_do(shelf, policy):
     prune(shelf, policy)
     files = shelf.files()

@@ -43,6 +43,14 @@ def test_failures_of_two_kinds_are_none_of_both():
     assert judge("step 1", reports, lambda: True)["type"] == ""
 
 
+def test_an_errno_that_all_failures_have_is_kept():
+    one, other = (
+        {"kind": "failed", "type": "StorageError", "message": "m", "errno": code} for code in (5, 13)
+    )
+    assert judge("step 1", [one, sound(), one], lambda: True)["errno"] == 5
+    assert judge("step 1", [one, other], lambda: True)["errno"] is None
+
+
 def test_damage_of_many_ranks_is_named_once():
     damaged = {"kind": "damaged", "message": "m", "damage": [DAMAGE]}
     found = judge("step 1", [damaged, sound(), damaged], lambda: True)

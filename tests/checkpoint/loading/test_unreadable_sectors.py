@@ -81,9 +81,7 @@ def is_state(found: dict[str, torch.Tensor], step: float) -> bool:
 def test_what_cannot_be_read_sends_all_ranks_to_the_step_before(backend: FaultyBackend, pattern: str) -> None:
     ranks = saved(backend)
     backend.when("read*", pattern, unreadable(1), nth=None)
-    with pytest.warns(
-        RuntimeWarning, match=r"could not read it \(EIO\).*it is passed over"
-    ):
+    with pytest.warns(RuntimeWarning, match=r"could not read it \(EIO\).*it is passed over"):
         results, states = load_all(ranks)
     assert [result.step for result in results if isinstance(result, CheckpointInfo)] == [1, 1], results
     assert all(is_state(found, 1) for found in states)
