@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import dtruntime_torch as dt
 
@@ -81,6 +82,23 @@ def test_the_example_of_the_readme_trains_saves_and_resumes(tmp_path):
     with dt.CheckpointManager(tmp_path / "checkpoints") as manager:
         assert manager.latest() is not None
         assert manager.verify().ok
+
+
+def test_the_examples_of_the_guide_run(tmp_path, monkeypatch):
+    """Each begins where the one before ended: those that save save a later step, those that load find it."""
+    monkeypatch.chdir(tmp_path)
+    model = torch.nn.ModuleDict({"encoder": torch.nn.Linear(4, 4), "head": torch.nn.Linear(4, 2)})
+    blocks = code_blocks(ROOT / "docs" / "GUIDE.md", "python")
+    with dt.CheckpointManager("checkpoints/", keep_last_n=None) as before:
+        before.save({"model": model}, 500)
+    for step, block in enumerate(blocks, 501):
+        with dt.CheckpointManager("checkpoints/") as manager:
+            known = {"dt": dt, "manager": manager, "state": {"model": model}, "step": step}
+            exec(block, known)
+        known["manager"].close()
+    with dt.CheckpointManager("checkpoints/") as after:
+        # The last of them shows how to keep, so it has saved.
+        assert [info.step for info in after.list()] == [500, 500 + len(blocks)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=relative)

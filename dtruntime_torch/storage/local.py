@@ -174,7 +174,7 @@ class LocalBackend:
     def _discard(self, temporary: str) -> None:
         try:
             self._calls.unlink(temporary)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return
         except OSError as error:
             _LOG.warning("could not remove the temporary file %s: %s", temporary, error)

@@ -89,6 +89,15 @@ def test_a_file_where_a_folder_is_needed_is_named(tmp_path: Path) -> None:
     assert names(tmp_path) == ["model"]
 
 
+def test_a_file_where_a_folder_is_needed_is_told_once_by_the_error(tmp_path: Path, caplog) -> None:
+    backend = LocalBackend(tmp_path)
+    run_sync(backend.write("model", b""))
+    for store in (backend.write, backend.create):
+        with pytest.raises(StorageError, match="ENOTDIR"):
+            run_sync(store("model/commits/1.json", b""))
+    assert not caplog.records
+
+
 def test_a_folder_where_a_file_is_needed_is_named(tmp_path: Path) -> None:
     backend = LocalBackend(tmp_path)
     run_sync(backend.write("model/file", b""))

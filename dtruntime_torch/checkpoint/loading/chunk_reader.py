@@ -7,7 +7,7 @@ of any size takes the memory of two.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -72,6 +72,21 @@ async def check_part(
     pieces = pieces_by_file(part, range(len(part.tensors)))
     of_files = {file: pieces.get(file, []) for file in range(len(part.files))}
     return await _Reader(backend, name, part, on_bytes).read_files(of_files)
+
+
+async def check_files(backend: StorageBackend, name: str, part: Part, paths: Collection[str]) -> list[Damage]:
+    """Checks length and header of files that a part names, and none of its tensors.
+
+    The result and the errors are those of `check_entries`.
+
+    Args:
+        backend: where the checkpoint lies.
+        name: of the checkpoint.
+        part: names the files.
+        paths: of the files; those that the part does not name are left out.
+    """
+    chosen: dict[int, list[Piece]] = {n: [] for n, file in enumerate(part.files) if file.path in paths}
+    return await _Reader(backend, name, part, None).read_files(chosen)
 
 
 def changed_chunks(

@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import partial
 
 from dtruntime_torch import _C
 from dtruntime_torch.checkpoint.format.records import FileRef, Part
 from dtruntime_torch.checkpoint.loading.chunk_needs import Run
-from dtruntime_torch.checkpoint.loading.chunk_reader import changed_chunks, check_entries
+from dtruntime_torch.checkpoint.loading.chunk_reader import changed_chunks, check_entries, check_files
 from dtruntime_torch.checkpoint.loading.placement import Fetch, Placement
 from dtruntime_torch.checkpoint.specs import digest_length
 from dtruntime_torch.errors import Damage, StorageError
@@ -173,9 +173,22 @@ async def explain(
     for rank in sorted({run.part for run in runs if run.path in suspects}):
         entries = sorted({run.entry for run in runs if run.part == rank and run.path in suspects})
         damage += await check_entries(backend, name, parts[rank], entries)
+    damage += await _explain_unread(backend, name, parts, suspects.keys() - {run.path for run in runs})
     for path, error in suspects.items():
         if not any(found.file == f"{name}/{path}" for found in damage):
             raise error
+    return damage
+
+
+async def _explain_unread(
+    backend: StorageBackend, name: str, parts: Mapping[int, Part], paths: Set[str]
+) -> list[Damage]:
+    """Of files of which only the header was to be read here, as their tensors are another share's."""
+    damage: list[Damage] = []
+    for part in parts.values():
+        named = paths & {file.path for file in part.files}
+        damage += await check_files(backend, name, part, named)
+        paths = paths - named
     return damage
 
 

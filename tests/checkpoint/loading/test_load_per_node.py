@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dtruntime_torch import _C
+from dtruntime_torch.checkpoint.flatten import PerRank
 from dtruntime_torch.checkpoint.info import CheckpointInfo
 from dtruntime_torch.checkpoint.loading import contents, node_memory, placement
 from dtruntime_torch.checkpoint.loading.load_together import HALF_FILLED
@@ -114,6 +115,34 @@ def test_damage_that_another_rank_of_the_node_reads_sends_all_to_the_step_before
         results = load(ranks, states)
     assert [result.step for result in results if isinstance(result, CheckpointInfo)] == [1, 1, 1]
     assert all(same(state, 1.0) for state in states)
+    assert names() == []
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_damaged_header_of_any_rank_s_file_sends_all_to_the_step_before(rank: int) -> None:
+    """What only one rank reads lies in a file of which it reads nothing for the others."""
+    inner = MemoryBackend()
+    ranks = make_ranks(3, inner)
+
+    def state(step: int, rank: int) -> dict[str, object]:
+        return {
+            "alike": torch.full((9000,), float(step)),
+            "own": PerRank(torch.full((700,), step + rank / 4)),
+        }
+
+    for step in (1, 2):
+        together(*[partial(one.save, state(step, n), step) for n, one in enumerate(ranks)])
+    (path,) = [
+        p for p in inner._files if "step-00000002" in p and p.endswith(f"{rank:05}-of-00003.safetensors")
+    ]
+    data = bytearray(inner._files[path].data)
+    data[10] ^= 1
+    inner._put(path, bytes(data), may_replace=True)
+    states = [state(0, 0) for _ in ranks]
+    with pytest.warns(RuntimeWarning, match=f"shard-0000{rank}"):
+        results = load(ranks, states)
+    assert [getattr(result, "step", result) for result in results] == [1, 1, 1]
+    assert all(torch.equal(one["alike"], torch.full((9000,), 1.0)) for one in states)
     assert names() == []
 
 

@@ -82,6 +82,15 @@ def test_a_header_is_checked_where_that_is_asked_for() -> None:
     assert (damage.tensor, damage.start, damage.stop) == (None, 0, HEADER)
 
 
+def test_a_header_is_checked_of_a_file_of_which_nothing_else_is_read() -> None:
+    saved = full(20)
+    saved.files[0][3] ^= 1
+    backend, nothing = saved.put(MemoryBackend()), place([])
+    checked = read_share(backend, "model", {0: saved.part}, nothing, memoryview(b""), [file_path(0)])
+    (damage,) = run_sync(checked)
+    assert (damage.file, damage.start, damage.stop) == (f"model/{file_path(0)}", 0, HEADER)
+
+
 def test_a_missing_file_is_damage() -> None:
     saved = full(20)
     (damage,) = run_sync(check_sizes(MemoryBackend(), "model", {0: saved.part}, all_runs(saved)))
