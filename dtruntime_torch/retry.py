@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import math
 import random
 import time
@@ -14,6 +15,18 @@ from dtruntime_torch.counts import check_count, check_number
 from dtruntime_torch.errors import InvalidArgument, StorageError, UnsuitableStorage
 
 R = TypeVar("R")
+
+_LASTING = frozenset(
+    {
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.ENAMETOOLONG,
+        errno.ELOOP,
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +126,14 @@ class Tries:
         return next(self._delays, None)
 
 
+def is_lasting(error: BaseException) -> bool:
+    """Whether the system will refuse the same until somebody changes something there."""
+    return isinstance(error, UnsuitableStorage) or (isinstance(error, OSError) and error.errno in _LASTING)
+
+
 def may_pass(error: BaseException) -> bool:
     """Whether what the system refused may be granted the next time, as on a disk that was full."""
-    return isinstance(error, OSError) and not isinstance(error, UnsuitableStorage)
+    return isinstance(error, OSError) and not is_lasting(error)
 
 
 async def retrying(

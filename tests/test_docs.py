@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import dtruntime_torch as dt
+from dtruntime_torch.checkpoint import objects
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -63,6 +64,8 @@ def links(page: Path) -> Iterator[tuple[Path, str]]:
 @pytest.mark.parametrize("name", MODULES)
 def test_the_examples_in_docstrings_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for registry in ("_codecs_by_type", "_codecs_by_tag"):
+        monkeypatch.setattr(objects, registry, dict(getattr(objects, registry)))
     failed, _ = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
     assert failed == 0
 

@@ -82,16 +82,31 @@ def test_a_commit_of_another_run_is_passed_over_with_a_warning(tmp_path, foreign
     ours = saved(tmp_path / "ours", 0, 1)
     copy_in(foreign, ours, "model/")
     with pytest.warns(
-        RuntimeWarning, match=r"0001-00000005\.json is of run \w+, and generation 1 is run \w+ here"
+        RuntimeWarning, match=r"0001-00000005\.json is of run \w+, and \S+/0001\.json says run"
     ):
         assert loaded(ours) == (1, 1)
-    with pytest.raises(CorruptCheckpoint, match="it was copied in"):
+    with pytest.raises(CorruptCheckpoint, match="it was copied in,"):
         loaded(ours, step=5)
     with dt.CheckpointManager(ours, keep_last_n=None) as manager:
         with pytest.warns(RuntimeWarning):
             manager.load(state_of(0))
         manager.save(state_of(7), 7)
     assert loaded(ours) == (7, 7)
+
+
+def test_where_the_record_of_a_generation_is_damaged_the_error_names_it_and_without_it_all_loads(tmp_path):
+    ours = saved(tmp_path / "ours", 0, 1)
+    record = ours / "model/generations/0001.json"
+    content = json.loads(record.read_text())
+    record.write_text(json.dumps({**content, "run_id": "0" * 32}))
+    with (
+        pytest.warns(RuntimeWarning),
+        pytest.raises(CorruptCheckpoint, match=r"0001\.json says run") as caught,
+    ):
+        loaded(ours)
+    assert "verify" not in str(caught.value)
+    record.unlink()
+    assert loaded(ours) == (1, 1)
 
 
 def test_a_checkpoint_that_was_moved_as_a_whole_is_loaded(tmp_path, foreign):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 
 from dtruntime_torch import RetryPolicy
@@ -75,7 +77,7 @@ def do(policy, work, slept=None):
         if slept is not None:
             slept.append(seconds)
 
-    return run_sync(retrying(policy, work, lambda error: isinstance(error, OSError), sleep))
+    return run_sync(retrying(policy, work, sleep=sleep))
 
 
 def test_what_may_pass_is_tried_again_after_the_pauses_of_the_policy():
@@ -99,6 +101,14 @@ def test_the_last_error_says_how_often_and_for_how_long_it_was_tried():
             failing(OSError("first"), OSError("second"), OSError(5, "third")),
         )
     assert caught.value.errno == 5 and isinstance(caught.value.__cause__, OSError)
+
+
+def test_what_lasts_until_somebody_changes_it_is_not_tried_again():
+    slept, refused = [], StorageError("read-only")
+    refused.errno = errno.EROFS
+    with pytest.raises(StorageError) as caught:
+        do(RetryPolicy(), failing(refused), slept)
+    assert caught.value is refused and slept == []
 
 
 def test_a_policy_of_one_try_leaves_the_error_alone():

@@ -231,10 +231,11 @@ async def pick(
                 return commit, top
         if step is not None:
             there = sorted({key.step for key in keys})
-            newest = f"the newest of {len(there)} steps are {there[-10:]}"
-            raise CheckpointNotFound(f"there is no checkpoint {name} of step {step}; {newest}")
+            steps = f"steps {there}" if len(there) <= 10 else f"{len(there)} steps, the newest {there[-10:]}"
+            raise CheckpointNotFound(f"there is no checkpoint {name} of step {step}; it has {steps}")
+        told = "`dtruntime verify --all` lists the damage" if damage else "; ".join(notes)
         raise CorruptCheckpoint(
-            f"every checkpoint called {name} is damaged; none can be loaded; `dtruntime verify --all` lists the damage",
+            f"every checkpoint called {name} is damaged or was passed over; none can be loaded; {told}",
             damage,
         )
 
@@ -325,8 +326,8 @@ async def _check_run(backend: StorageBackend, commit: Commit) -> None:
         return
     if manifest.run_id != run_id:
         raise CorruptCheckpoint(
-            f"{names.commit_path(commit.name, commit.key)} is of run {manifest.run_id}, and generation "
-            f"{commit.generation} is run {run_id} here: it was copied in; to load it, copy it to a folder of its own"
+            f"{names.commit_path(commit.name, commit.key)} is of run {manifest.run_id}, and {path} says run {run_id}: it was "
+            f"copied in, and loads from a folder of its own; or that file is damaged, and it loads once that is taken away"
         )
 
 

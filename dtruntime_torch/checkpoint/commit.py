@@ -37,6 +37,7 @@ from dtruntime_torch.errors import (
     StorageError,
     UnsuitableStorage,
 )
+from dtruntime_torch.retry import is_lasting
 from dtruntime_torch.storage.backend import StorageBackend
 
 R = TypeVar("R")
@@ -211,7 +212,8 @@ async def _claim(
     data = encode_generation(ours)
     try:
         # Its time, to the microsecond, tells it from a claim that this very run made before.
-        there, _ = await _make_sure(backend, path, data, decode_generation, patience)
+        # It promises nothing yet, so that a place which refuses it need not be asked again.
+        there, _ = await _make_sure(backend, path, data, decode_generation, patience, is_lasting)
         return there == ours
     except CorruptCheckpoint:
         return False
@@ -223,13 +225,14 @@ async def _make_sure(
     data: bytes,
     decode: Callable[[bytes, str], R],
     patience: Patience,
+    gives_up: Callable[[Exception], bool] = lambda error: isinstance(error, UnsuitableStorage),
 ) -> tuple[R, bool]:
     """Creates the file unless there is one; returns what is there, and durable, then, and whether all creates ended.
 
     Raises:
         StorageError: that is not known at the deadline.
-        UnsuitableStorage: the storage cannot create; it is not asked again.
         CorruptCheckpoint: what is there cannot be decoded.
+        Exception: one for which it gives up; the storage is not asked again.
     """
     began = patience.clock()
     pause, sent = patience.pause, 0
@@ -238,9 +241,9 @@ async def _make_sure(
         sent += 1
         try:
             there = await _create_or_find(backend, path, data, patience)
-        except UnsuitableStorage:
-            raise
         except Exception as error:
+            if gives_up(error):
+                raise
             unknown = error
         else:
             return decode(there, path), unknown is None

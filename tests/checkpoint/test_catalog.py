@@ -391,7 +391,7 @@ def test_pick_says_that_there_is_nothing(shelf):
 
 def test_pick_says_which_steps_there_are(shelf):
     shelf.put_commit(7, 100)
-    with pytest.raises(CheckpointNotFound, match=r"step 50; the newest of 1 steps are \[100\]"):
+    with pytest.raises(CheckpointNotFound, match=r"step 50; it has steps \[100\]"):
         pick(shelf, step=50)
 
 

@@ -76,9 +76,7 @@ class LoadTogether:
             return load_verdicts.judge(what, reports, lambda: self._choice.is_there(commit))
 
         def judge_surveys(reports: Sequence[Report]) -> Verdict:
-            return load_verdicts.judge_surveys(
-                what, reports, options.strict, lambda: self._choice.is_there(commit)
-            )
+            return load_verdicts.judge_surveys(what, reports, options, lambda: self._choice.is_there(commit))
 
         def go(
             stage: str, step: Callable[[], Report], judge: Callable[[Sequence[Report]], Verdict] = judge

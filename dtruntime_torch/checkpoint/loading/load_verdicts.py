@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from dtruntime_torch.checkpoint.arguments import LoadOptions
 from dtruntime_torch.checkpoint.loading.chunk_needs import Needs, unpack
 
 MOST_LINES = 50
@@ -55,7 +56,7 @@ def judge(what: str, reports: Sequence[Report], is_committed: Callable[[], bool]
 
 
 def judge_surveys(
-    what: str, reports: Sequence[Report], strict: bool, is_committed: Callable[[], bool]
+    what: str, reports: Sequence[Report], options: LoadOptions, is_committed: Callable[[], bool]
 ) -> Verdict:
     """Decides, once all have compared their states with the checkpoint, whether it is read, and who shares what.
 
@@ -69,9 +70,9 @@ def judge_surveys(
     missing = _named([report["missing"] for report in reports])
     unexpected = sorted(set.intersection(*(set(report["unexpected"]) for report in reports)))
     lines = _lines([report["differences"] for report in reports])
-    # Where shapes differ or a key names nothing, that does not help.
-    advice = "" if lines else "to take what fits give strict=False, "
-    if strict:
+    # Where shapes differ or a key names nothing, to be less strict does not help.
+    advice = [] if lines else ["to take what fits give strict=False"]
+    if options.strict:
         lines += _lines(
             [
                 [f"{fqn}: in the state, not in the checkpoint" for fqn in report["missing"]]
@@ -80,10 +81,9 @@ def judge_surveys(
         )
         lines += [f"{fqn}: in the checkpoint, not in the state" for fqn in unexpected]
     if lines:
-        advice += "to take a part of it give keys"
-        return _verdict(
-            "differs", f"{what} does not fit the state ({advice}):\n  " + "\n  ".join(_capped(lines))
-        )
+        advice += ["to take a part of it give keys"] if options.keys is None else []
+        told = f" ({', '.join(advice)})" if advice else ""
+        return _verdict("differs", f"{what} does not fit the state{told}:\n  " + "\n  ".join(_capped(lines)))
     by_node: dict[str, list[int]] = {}
     for rank, report in enumerate(reports):
         by_node.setdefault(report["node"], []).append(rank)

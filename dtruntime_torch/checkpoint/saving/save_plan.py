@@ -38,8 +38,8 @@ def make_save_plan(
     """Computes what `rank` writes.
 
     A tensor or object marked `per_rank` is written by every rank that holds it. A shard of a DTensor is written
-    by one of its holders, and a plain tensor that an optimizer owns (`spread`) by one of the ranks that hold
-    it, both balanced by bytes; everything else by the lowest rank that holds it.
+    by one of its holders, and a plain tensor of several elements that an optimizer owns (`spread`) by
+    one of the ranks that hold it, both balanced by bytes; everything else by the lowest rank that holds it.
 
     Args:
         rank: this rank.
@@ -175,10 +175,14 @@ def _completed_by(
 
 
 def _is_split(spec: TensorSpec | ObjectSpec) -> bool:
-    """Whether several ranks share the work of writing it. One without elements is whole on each of them."""
+    """Whether several ranks share the work of writing it. One without elements is whole on each of them.
+
+    To share out single elements, as the steps that Adam counts for each parameter, would spare nothing, and every rank
+    that loads would have to look for them in the parts of all.
+    """
     if isinstance(spec, ObjectSpec) or spec.per_rank or not math.prod(spec.global_shape):
         return False
-    return spec.holders is not None or spec.spread
+    return spec.holders is not None or (spec.spread and math.prod(spec.global_shape) > 1)
 
 
 def _balance(specs: Iterable[TensorSpec], loads: dict[int, int]) -> Iterator[tuple[str, int]]:

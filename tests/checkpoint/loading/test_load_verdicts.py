@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from dtruntime_torch.checkpoint.arguments import LoadOptions
 from dtruntime_torch.checkpoint.loading.load_verdicts import MOST_LINES, decode, encode, judge, judge_surveys
 
 DAMAGE = {"file": "f", "tensor": None, "start": 0, "stop": 1, "expected": "a", "actual": "b"}
@@ -22,7 +23,7 @@ def sound(**more: object) -> dict[str, object]:
 
 
 def verdict(*reports: dict[str, object], strict: bool = True, is_committed: bool = True) -> dict[str, object]:
-    return judge_surveys("step 1 of model", reports, strict, lambda: is_committed)
+    return judge_surveys("step 1 of model", reports, LoadOptions(strict=strict), lambda: is_committed)
 
 
 def test_a_report_comes_back_as_it_was():
@@ -49,6 +50,12 @@ def test_an_errno_that_all_failures_have_is_kept():
     )
     assert judge("step 1", [one, sound(), one], lambda: True)["errno"] == 5
     assert judge("step 1", [one, other], lambda: True)["errno"] is None
+
+
+def test_who_gave_keys_is_not_told_to_give_some():
+    differs = [sound(differences=["hed: a key that names nothing"])]
+    found = judge_surveys("step 1", differs, LoadOptions(keys=("hed",)), lambda: True)
+    assert "give keys" not in str(found["message"]) and "give keys" in str(verdict(*differs)["message"])
 
 
 def test_damage_of_many_ranks_is_named_once():

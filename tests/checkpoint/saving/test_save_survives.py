@@ -16,7 +16,7 @@ from dtruntime_torch.checkpoint.commit import Patience, claim_generation
 from dtruntime_torch.errors import DTRuntimeError, StorageError, UnsuitableStorage
 from dtruntime_torch.storage import LocalBackend, MemoryBackend, run_sync
 from dtruntime_torch.storage.system_calls import SystemCalls
-from dtruntime_torch.testing.faulty_backend import Call, FaultyBackend, Stopped, lost_answer, not_done
+from dtruntime_torch.testing.faulty_backend import Call, FaultyBackend, Stopped, hidden, lost_answer, not_done
 from tests.checkpoint.commits import NAME, Time, creates, generation_path
 
 RETRY = RetryPolicy(attempts=2, initial=0.0)
@@ -104,6 +104,16 @@ def test_where_nothing_can_be_created_a_claim_is_not_tried_again(tmp_path: Path)
     backend, time = FaultyBackend(LocalBackend(tmp_path, calls=NoLinks())), Time()
     patience = Patience(clock=lambda: time.now, sleep=time.sleep)
     with pytest.raises(UnsuitableStorage, match="neither hard links nor renameat2"):
+        run_sync(claim_generation(backend, NAME, "0" * 32, None, False, 1, patience))
+    assert creates(backend) == [generation_path(1)] and time.slept == []
+
+
+def test_where_a_file_stands_in_the_way_a_claim_is_not_tried_again(tmp_path: Path):
+    (tmp_path / NAME).write_bytes(b"")
+    backend, time = FaultyBackend(LocalBackend(tmp_path)), Time()
+    patience = Patience(clock=lambda: time.now, sleep=time.sleep)
+    backend.when("list", "*", hidden(), nth=None)  # which it would be refused already
+    with pytest.raises(StorageError, match=r"\(ENOTDIR\)"):
         run_sync(claim_generation(backend, NAME, "0" * 32, None, False, 1, patience))
     assert creates(backend) == [generation_path(1)] and time.slept == []
 
