@@ -16,6 +16,7 @@ from dtruntime_torch.checkpoint.flatten import PerRank
 from dtruntime_torch.checkpoint.info import CheckpointInfo
 from dtruntime_torch.checkpoint.loading import contents, node_memory, placement
 from dtruntime_torch.checkpoint.loading.load_together import HALF_FILLED
+from dtruntime_torch.checkpoint.saving.delta import DeltaPolicy
 from dtruntime_torch.errors import DTRuntimeError, LoadFailed
 from dtruntime_torch.storage import MemoryBackend
 from dtruntime_torch.storage.backend import StorageBackend
@@ -78,6 +79,23 @@ def test_each_byte_of_a_replicated_state_is_read_once(count: int) -> None:
     assert set(backend.bytes.values()) == {1}
     assert len(backend.bytes) == sum(len(backend._files[path].data) for path in {p for p, _ in backend.bytes})
     assert names() == []
+
+
+def test_each_byte_of_a_delta_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "JOIN_BYTES", 0)
+    backend, state = CountingBackend(), model(1.0)
+    ranks = make_ranks(2, backend, delta=DeltaPolicy(max_changed=1.0))
+    for step in (1, 2, 3):
+        state["large"][2000 * step] = -1.0
+        results = together(*[partial(rank.save, state, step) for rank in ranks])
+    assert [result.full for result in results if isinstance(result, CheckpointInfo)] == [False, False]
+    fresh = [{name: torch.zeros_like(t) for name, t in state.items()} for _ in ranks]
+    load(make_ranks(2, backend), fresh)
+    assert all(torch.equal(found[name], state[name]) for found in fresh for name in state)
+    assert set(backend.bytes.values()) == {1}
+    files = {path for path, _ in backend.bytes}
+    headers = sum(8 + int.from_bytes(backend._files[path].data[:8], "little") for path in files)
+    assert len(files) == 3 and len(backend.bytes) == headers + sum(t.nbytes for t in state.values())
 
 
 def test_ranks_that_want_different_parts_read_only_these_between_them(

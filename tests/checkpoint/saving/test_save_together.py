@@ -11,8 +11,10 @@ import torch
 
 import dtruntime_torch as dt
 from dtruntime_torch import DeltaPolicy, PerRank
+from dtruntime_torch.barrier import Barrier
 from dtruntime_torch.checkpoint.info import CheckpointInfo
 from dtruntime_torch.checkpoint.restore import load_fresh
+from dtruntime_torch.checkpoint.saving import groups
 from dtruntime_torch.checkpoint.verify import find_commit, verify
 from dtruntime_torch.errors import BarrierTimeout, CommitConflict, InvalidArgument, SaveFailed
 from dtruntime_torch.storage import LocalBackend, MemoryBackend, run_sync
@@ -69,6 +71,21 @@ def test_a_rank_that_fails_anywhere_costs_one_save(broken, saved_before, prepare
     results = save_on_all(ranks, 2)
     assert not any(isinstance(result, BarrierTimeout) for result in results), results
     check_good(ranks, 3)
+
+
+def test_who_holds_what_is_learnt_once_per_structure(monkeypatch: pytest.MonkeyPatch) -> None:
+    learn, learnt = groups.learn, list[str]()
+
+    def counted(barrier: Barrier, key: str, *more: Any, **options: Any) -> groups.Groups:
+        learnt.append(key)
+        return learn(barrier, key, *more, **options)
+
+    monkeypatch.setattr(groups, "learn", counted)
+    ranks = make_ranks(2, MemoryBackend())
+    for step, size in enumerate([3000, 3000, 3000, 5000, 5000], start=1):
+        results = together(*[partial(rank.save, {"w": torch.ones(size)}, step) for rank in ranks])
+        assert all(isinstance(result, CheckpointInfo) for result in results), results
+    assert len(learnt) == 2 * len(ranks)
 
 
 @pytest.mark.parametrize("odd", [0, 1])
