@@ -140,6 +140,7 @@ class _Collector:
                 shape=box.shape,
                 layout=box.layout,
                 holders=box.holders,
+                first_holders=box.first_holders,
                 spread=(leaf.owned or memory in self._owned) and not node.per_rank and box.holders is None,
                 per_rank=node.per_rank,
                 alias=None if alias == node.fqn else alias,

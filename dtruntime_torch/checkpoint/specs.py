@@ -63,6 +63,7 @@ class TensorSpec:
         shape: the shape of this rank's shard.
         layout: how it is sharded (mesh and placements), alike on all ranks of the mesh; "" for a plain tensor.
         holders: the ranks that hold this very shard, ascending, where the mesh tells; None for a plain tensor.
+        first_holders: of a DTensor the ranks that hold the shard with its first element, ascending.
         spread: an optimizer owns it, so that its replicas are equal and any holder may write it.
         per_rank: it is meant to differ by rank, and each rank writes its own.
         alias: fqn of the tensor that it is tied to, or None.
@@ -78,6 +79,7 @@ class TensorSpec:
     shape: Shape
     layout: str = ""
     holders: tuple[int, ...] | None = None
+    first_holders: tuple[int, ...] = ()
     spread: bool = False
     per_rank: bool = False
     alias: str | None = None
@@ -116,15 +118,15 @@ class SavePlan:
         world_size: the number of ranks that save.
         tensors: in the order of the state.
         objects: in the order of the state.
-        completed_by: other ranks, ascending, which together with this one write all that this rank holds, and of each
-            other name something.
+        completed_by: other ranks, ascending. Together with this one they write all that this rank holds, and of every
+            other tensor and object that is not `per_rank` at least something.
     """
 
     rank: int
     world_size: int
     tensors: tuple[WriteItem, ...]
     objects: tuple[ObjectSpec, ...]
-    completed_by: tuple[int, ...] = ()
+    completed_by: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,13 +76,12 @@ dtypes = st.sampled_from(["uint8", "bfloat16", "float32", "float64", "complex128
 
 
 @st.composite
-def worlds(draw: st.DrawFn, alike: bool = False) -> World:
-    """Ranks that hold plain tensors, DTensors on any mesh, objects; each of them on some of the ranks, or on all."""
+def worlds(draw: st.DrawFn) -> World:
+    """Ranks that hold plain tensors, DTensors on any mesh or on two, objects; each of them on some of the ranks."""
     world_size = draw(st.integers(1, 6))
     held: list[State] = [{} for _ in range(world_size)]
     for number in range(draw(st.integers(0, 8))):
-        fewest = world_size if alike else 1
-        ranks = draw(st.lists(st.integers(0, world_size - 1), min_size=fewest, unique=True))
+        ranks = draw(st.lists(st.integers(0, world_size - 1), min_size=1, unique=True))
         makers: list[Maker] = [_plain, _sharded, _object]
         make = draw(st.sampled_from(makers))
         for rank, spec in make(draw, f"leaf{number}", ranks).items():
@@ -102,10 +101,23 @@ def _object(draw: st.DrawFn, fqn: str, ranks: Sequence[int]) -> Mapping[int, Obj
 
 
 def _sharded(draw: st.DrawFn, fqn: str, ranks: Sequence[int]) -> Mapping[int, TensorSpec]:
-    """A DTensor on a mesh of shards times replicas, cut along dimension 0 as torch.chunk cuts."""
-    shape = (draw(st.integers(0, 7)), *draw(shapes))
+    """A DTensor, of which some of the ranks may hold all on a mesh of their own."""
+    shape, dtype, spread = (draw(st.integers(0, 7)), *draw(shapes)), draw(dtypes), draw(st.booleans())
+    cut = draw(st.sampled_from([len(ranks), draw(st.integers(1, len(ranks)))]))
+    meshes = [mesh for mesh in (ranks[:cut], ranks[cut:]) if mesh]
+    return {
+        rank: spec
+        for mesh in meshes
+        for rank, spec in _on_mesh(draw, fqn, mesh, shape, dtype=dtype, spread=spread).items()
+    }
+
+
+def _on_mesh(
+    draw: st.DrawFn, fqn: str, ranks: Sequence[int], shape: Shape, **more: object
+) -> Mapping[int, TensorSpec]:
+    """On a mesh of shards times replicas, cut along dimension 0 as torch.chunk cuts."""
     n_shards = draw(st.sampled_from([n for n in range(1, len(ranks) + 1) if len(ranks) % n == 0]))
-    rows, dtype, spread = -(-shape[0] // n_shards), draw(dtypes), draw(st.booleans())
+    rows = -(-shape[0] // n_shards)
     specs = {}
     for position, rank in enumerate(ranks):
         shard = position % n_shards
@@ -113,12 +125,12 @@ def _sharded(draw: st.DrawFn, fqn: str, ranks: Sequence[int]) -> Mapping[int, Te
         specs[rank] = tensor(
             fqn,
             *shape,
-            dtype=dtype,
-            spread=spread,
             layout=f"{ranks} {n_shards}",
             offsets=(start, *(0 for _ in shape[1:])),
             shape=(min(start + rows, shape[0]) - start, *shape[1:]),
             holders=tuple(sorted(ranks[shard::n_shards])),
+            first_holders=tuple(sorted(ranks[::n_shards])),
+            **more,
         )
     return specs
 
@@ -135,6 +147,7 @@ def part_of(rank: int, *entries: TensorEntry | ObjectEntry, chunk_bytes: int = 6
         files=(),
         tensors=tuple(entry for entry in entries if isinstance(entry, TensorEntry)),
         objects=tuple(entry for entry in entries if isinstance(entry, ObjectEntry)),
+        completed_by=(),
     )
 
 

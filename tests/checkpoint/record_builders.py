@@ -144,6 +144,7 @@ def sample_delta() -> Part:
             ),
         ),
         objects=(),
+        completed_by=(),
     )
 
 

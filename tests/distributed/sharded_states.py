@@ -240,6 +240,7 @@ def replicas_of_a_hybrid_mesh_are_all_holders() -> None:
     for spec in flatten_state({"m": model}, rank).specs.tensors:
         if "running" not in spec.fqn and "num_batches" not in spec.fqn:
             assert spec.holders == (rank % 2, rank % 2 + 2)
+            assert spec.first_holders == (0, 2)
     reference = {name: full_tensor(parameter) for name, parameter in model.named_parameters()}
     checkpoint = gathered(flatten_state({"m": model}, rank))
     assert all(torch.equal(checkpoint.tensors[f"m.{name}"], tensor) for name, tensor in reference.items())

@@ -107,8 +107,8 @@ class Part:
         files: the data files that the extents are in.
         tensors: in the order of the state.
         objects: in the order of the state.
-        completed_by: other ranks, ascending, whose parts together with this one hold all that this rank held, and of
-            each other name something.
+        completed_by: other ranks, ascending. Together with this part theirs hold all that this rank held, and of every
+            other tensor and object that is not `per_rank` at least something.
     """
 
     rank: int
@@ -120,7 +120,7 @@ class Part:
     files: tuple[FileRef, ...]
     tensors: tuple[TensorEntry, ...]
     objects: tuple[ObjectEntry, ...]
-    completed_by: tuple[int, ...] = ()
+    completed_by: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ class Groups:
 def signature(specs: FlatSpecs) -> str:
     """Digests what is alike on all ranks of a group.
 
-    Left out are offsets, shape and holders of a shard, and the shape of what may differ by rank: bytes and what is
+    Left out are offsets, shape and holders of a shard, and of the first one, and the shape of what may differ by rank: bytes and what is
     marked as `per_rank`. A plan that was made for one structure does not fit every other of the same signature.
 
     Example:
@@ -220,6 +220,7 @@ def _tensor_to_json(spec: TensorSpec) -> Json:
         "shape": list(spec.shape),
         "layout": spec.layout,
         "holders": None if spec.holders is None else list(spec.holders),
+        "first_holders": list(spec.first_holders),
         "spread": spec.spread,
         "per_rank": spec.per_rank,
         "alias": objects.encode(spec.alias, "a name"),
@@ -238,6 +239,7 @@ def _tensor_from(fields: Fields) -> TensorSpec:
         shape=fields.integers("shape"),
         layout=fields.string("layout"),
         holders=None if fields.json("holders") is None else fields.integers("holders"),
+        first_holders=fields.integers("first_holders"),
         spread=fields.boolean("spread"),
         per_rank=fields.boolean("per_rank"),
         alias=None if fields.json("alias") is None else _text(fields.json("alias")),

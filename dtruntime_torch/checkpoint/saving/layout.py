@@ -63,7 +63,7 @@ def make_layout(plan: SavePlan) -> Layout:
 
     Example:
         >>> spec = TensorSpec("w", (), 0, "float32", (4,), (0,), (4,))
-        >>> layout = make_layout(SavePlan(0, 1, (WriteItem(spec, "w"),), ()))
+        >>> layout = make_layout(SavePlan(0, 1, (WriteItem(spec, "w"),), (), ()))
         >>> layout.slots[0].offset % ALIGNMENT, layout.length - layout.slots[0].offset
         (0, 16)
     """

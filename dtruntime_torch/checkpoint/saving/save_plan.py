@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -50,8 +50,7 @@ def make_save_plan(
         members: signature -> the ranks of that group, ascending. Every rank is in exactly one group.
 
     Returns:
-        The plan of `rank`. Over all ranks each element of each tensor, and each object, is written exactly once. Of
-        DTensors whose shard on this rank is empty it is not known here who writes the others; then all ranks complete it.
+        The plan of `rank`. Over all ranks each element of each tensor, and each object, is written exactly once.
 
     Raises:
         InvalidArgument: ranks hold different things under one name, or a name cannot be stored.
@@ -70,6 +69,7 @@ def make_save_plan(
         **{spec.fqn: rank for spec in own.tensors if spec.per_rank},
         **{spec.fqn: rank for spec in own.objects if spec.per_rank},
     }
+    # Of a DTensor whose shard is empty here, or that others hold otherwise, no writer is known.
     items = tuple(
         WriteItem(_to_write(spec), _stored_name(spec, rank))
         for spec in own.tensors
@@ -77,8 +77,9 @@ def make_save_plan(
     )
     _check_items(items)
     objects = tuple(spec for spec in own.objects if writers[spec.fqn] == rank)
-    completed_by = _completed_by(rank, world_size, writers, groups, holdings)
-    return SavePlan(rank, world_size, items, objects, completed_by)
+    others = _completing(own, writers, groups, holdings)
+    completed_by = others if others is not None else set(range(world_size))
+    return SavePlan(rank, world_size, items, objects, tuple(sorted(completed_by - {rank})))
 
 
 def _holdings(groups: Mapping[str, FlatSpecs], members: Mapping[str, Ranks]) -> dict[str, _Holding]:
@@ -155,23 +156,27 @@ def _assign_lowest(holdings: Mapping[str, _Holding]) -> dict[str, int]:
     }
 
 
-def _completed_by(
-    rank: int,
-    world_size: int,
+def _completing(
+    own: FlatSpecs,
     writers: Mapping[str, int],
     groups: Mapping[str, FlatSpecs],
     holdings: Mapping[str, _Holding],
-) -> Ranks:
-    """The ranks that write what this one holds, and some of everything else that is not their own."""
-    others = {fqn for fqn, (spec, _) in holdings.items() if fqn not in writers and not spec.per_rank}
+) -> set[int] | None:
+    """The ranks that write what this one holds, and some of everything else; None if that cannot be known here."""
     needed = set(writers.values())
-    for specs in groups.values() if others else ():
-        shown = _assign_shards(specs.tensors, holdings)
-        needed.update(writer for fqn, writer in shown.items() if fqn in others)
-        others -= shown.keys()
-    if others:
-        needed = set(range(world_size))
-    return tuple(sorted(needed - {rank}))
+    if any(spec.nbytes and spec.fqn not in writers for spec in own.tensors):
+        return None  # cut otherwise than by the ranks that write it
+    left = {fqn for fqn, (spec, _) in holdings.items() if fqn not in writers and not spec.per_rank}
+    for specs in (own, *groups.values()):
+        if left:
+            shown = _assign_shards(specs.tensors, holdings)
+            for spec in specs.tensors:
+                # Some of those who hold the first shard write it: it has an element.
+                some = [shown[spec.fqn]] if spec.fqn in shown else spec.first_holders
+                if spec.fqn in left and some and set(some) <= set(holdings[spec.fqn].ranks):
+                    needed.update(some)
+                    left.remove(spec.fqn)
+    return None if left else needed
 
 
 def _is_split(spec: TensorSpec | ObjectSpec) -> bool:
@@ -185,15 +190,17 @@ def _is_split(spec: TensorSpec | ObjectSpec) -> bool:
     return spec.holders is not None or (spec.spread and math.prod(spec.global_shape) > 1)
 
 
-def _balance(specs: Iterable[TensorSpec], loads: dict[int, int]) -> Iterator[tuple[str, int]]:
+def _balance(specs: Iterable[TensorSpec], loads: dict[int, int]) -> dict[str, int]:
     """Who writes which fqn when the largest goes first to who has least. Adds to `loads`, in bytes."""
     least = [(load, holder) for holder, load in loads.items()]
     heapq.heapify(least)
+    writers = {}
     for spec in sorted(specs, key=lambda spec: (-spec.nbytes, spec.fqn)):
         load, holder = least[0]
         heapq.heapreplace(least, (load + spec.nbytes, holder))
         loads[holder] = load + spec.nbytes
-        yield spec.fqn, holder
+        writers[spec.fqn] = holder
+    return writers
 
 
 def _to_write(spec: TensorSpec) -> TensorSpec:

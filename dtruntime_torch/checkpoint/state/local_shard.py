@@ -29,12 +29,14 @@ class Box(NamedTuple):
         shape: its own shape.
         layout: mesh and placements, alike on all ranks of the mesh; "" for a plain tensor.
         holders: the ranks that hold the same shard, ascending; None for a plain tensor.
+        first_holders: the ranks that hold the shard with the tensor's first element, ascending; none for a plain tensor.
     """
 
     offsets: Shape
     shape: Shape
     layout: str
     holders: tuple[int, ...] | None
+    first_holders: tuple[int, ...] = ()
 
 
 class BoxFinder:
@@ -202,11 +204,16 @@ def _find_box(shape: Shape, mesh: DeviceMesh, placements: Placements, where: str
         )
     _check_is_box(shape, mesh, placements, coordinate, where)
     local_shape, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
-    sharded = [not placement.is_replicate() for placement in placements]
-    same = tuple(at if cut else slice(None) for at, cut in zip(coordinate, sharded, strict=True))
-    holders = tuple(sorted(mesh.mesh[same].flatten().tolist()))
+    holders, first_holders = (_holders_at(at, mesh, placements) for at in (coordinate, [0] * len(placements)))
     layout = f"mesh {mesh.mesh.tolist()}: {', '.join(map(repr, placements))}"
-    return Box(tuple(offsets), tuple(local_shape), layout, holders)
+    return Box(tuple(offsets), tuple(local_shape), layout, holders, first_holders)
+
+
+def _holders_at(coordinate: Sequence[int], mesh: DeviceMesh, placements: Placements) -> tuple[int, ...]:
+    """The ranks that hold the shard which lies at a place of the mesh."""
+    pairs = zip(coordinate, placements, strict=True)
+    replicas = tuple(slice(None) if placement.is_replicate() else at for at, placement in pairs)
+    return tuple(sorted(mesh.mesh[replicas].flatten().tolist()))
 
 
 def _check_is_box(

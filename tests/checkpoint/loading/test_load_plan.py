@@ -130,7 +130,7 @@ def test_a_part_and_those_that_complete_it_name_all_that_there_is(world, represe
         assert every.objects.keys() == some.objects.keys()
 
 
-@given(worlds(alike=True))
+@given(worlds())
 def test_a_part_and_those_that_complete_it_hold_all_that_the_rank_held(world) -> None:
     plans = plans_of(world.states)
     parts = parts_of(plans)
@@ -149,6 +149,31 @@ def test_shards_of_dtensors_are_completed_by_who_writes_what_is_replicated() -> 
         for rank in range(4)
     ]
     assert [plan.completed_by for plan in plans_of(states)] == [(), (0,), (0,), (0,)]
+
+
+def test_a_shard_that_is_empty_is_completed_by_who_may_write_the_first() -> None:
+    """As five classes on eight ranks."""
+    rows = [(rank, 1) if rank < 5 else (5, 0) for rank in range(8)]
+    states = [
+        flat(
+            tensor("head", 5, layout="m", offsets=(at,), shape=(n,), holders=(rank,), first_holders=(0,)),
+            tensor("step"),
+        )
+        for rank, (at, n) in enumerate(rows)
+    ]
+    assert {plan.completed_by for plan in plans_of(states)[1:]} == {(0,)}
+
+
+def test_a_shard_that_others_write_otherwise_is_completed_by_all() -> None:
+    def half(rank: int) -> TensorSpec:
+        first = rank // 2 * 2
+        at = (4 * (rank - first),)
+        return tensor(
+            "w", 8, layout=f"{first}", offsets=at, shape=(4,), holders=(rank,), first_holders=(first,)
+        )
+
+    plans = plans_of([flat(half(rank)) for rank in range(4)])
+    assert [plan.completed_by for plan in plans] == [(), (), (0, 1, 3), (0, 1, 2)]
 
 
 def test_a_stage_is_completed_by_one_writer_of_each_other_stage() -> None:

@@ -25,7 +25,7 @@ ALL_DTYPES = sorted(_DTYPES)
 
 
 def layout_of(*specs: TensorSpec) -> Layout:
-    return make_layout(SavePlan(0, 1, tuple(WriteItem(spec, spec.fqn) for spec in specs), ()))
+    return make_layout(SavePlan(0, 1, tuple(WriteItem(spec, spec.fqn) for spec in specs), (), ()))
 
 
 def some(dtype: str, *shape: int) -> torch.Tensor:

@@ -36,7 +36,7 @@ def layout_of(tensors: dict[str, torch.Tensor]) -> Layout:
         )
 
     specs = [spec(index, fqn, tensor) for index, (fqn, tensor) in enumerate(tensors.items())]
-    return make_layout(SavePlan(0, 1, tuple(WriteItem(spec, spec.fqn) for spec in specs), ()))
+    return make_layout(SavePlan(0, 1, tuple(WriteItem(spec, spec.fqn) for spec in specs), (), ()))
 
 
 def test_stock_safetensors_reads_the_arena():

@@ -114,7 +114,7 @@ def test_dtypes_are_named_as_torch_names_them():
 
 
 def test_the_box_of_a_plain_tensor_is_all_of_it():
-    assert BoxFinder().find(torch.zeros(2, 3), "w") == ((0, 0), (2, 3), "", None)
+    assert BoxFinder().find(torch.zeros(2, 3), "w") == ((0, 0), (2, 3), "", None, ())
 
 
 def test_a_dtensor_that_waits_for_a_sum_is_refused(mesh):
