@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+from typing_extensions import NotRequired
+
 
 class DTRuntimeError(Exception):
     """The base of all errors of this package."""
@@ -134,29 +136,26 @@ class NewerFormat(DTRuntimeError, ValueError):
     """A sound checkpoint needs what only a later version of this package knows; upgrade to read it."""
 
 
-class _Told(TypedDict):
-    type: str
-    message: str
-
-
-class ErrorRecord(_Told, total=False):
+class ErrorRecord(TypedDict):
     """An error on its way to another rank.
 
     Attributes:
         type: the name of its class, if that is one of ours.
         message: what it says.
-        errno: of what the operating system refused.
+        errno: of what the operating system refused, if that is one of ours.
     """
 
-    errno: int
+    type: str
+    message: str
+    errno: NotRequired[int]
 
 
 def to_record(error: BaseException) -> ErrorRecord:
     """Describes an error so that another rank can raise the like of it.
 
     Returns:
-        The name of its class, its message, and its errno if it has one. A class that is not ours becomes `SaveFailed`'s
-        message.
+        Of an error of ours its class, its message, and its errno if it has one. Of any other no class, and a message that
+        begins with its name.
     """
     name = type(error).__name__
     if not (isinstance(error, DTRuntimeError) and name in globals()):

@@ -16,6 +16,7 @@ from dtruntime_torch.errors import InvalidArgument, StorageError, UnsuitableStor
 
 R = TypeVar("R")
 
+# Of these somebody has to change rights, mounts, names or files before it can work.
 _LASTING = frozenset(
     {
         errno.EACCES,

@@ -85,7 +85,7 @@ def test_a_commit_of_another_run_is_passed_over_with_a_warning(tmp_path, foreign
         RuntimeWarning, match=r"0001-00000005\.json is of run \w+, and \S+/0001\.json says run"
     ):
         assert loaded(ours) == (1, 1)
-    with pytest.raises(CorruptCheckpoint, match="it was copied in,"):
+    with pytest.raises(CorruptCheckpoint, match="the checkpoint was copied in"):
         loaded(ours, step=5)
     with dt.CheckpointManager(ours, keep_last_n=None) as manager:
         with pytest.warns(RuntimeWarning):
@@ -99,12 +99,9 @@ def test_where_the_record_of_a_generation_is_damaged_the_error_names_it_and_with
     record = ours / "model/generations/0001.json"
     content = json.loads(record.read_text())
     record.write_text(json.dumps({**content, "run_id": "0" * 32}))
-    with (
-        pytest.warns(RuntimeWarning),
-        pytest.raises(CorruptCheckpoint, match=r"0001\.json says run") as caught,
-    ):
+    told = pytest.warns(RuntimeWarning, match=r"0001\.json is damaged \(delete that file")
+    with told, pytest.raises(CorruptCheckpoint, match="can be loaded; the warnings say why"):
         loaded(ours)
-    assert "verify" not in str(caught.value)
     record.unlink()
     assert loaded(ours) == (1, 1)
 

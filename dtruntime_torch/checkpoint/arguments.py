@@ -100,7 +100,7 @@ class LoadOptions:
     all_or_nothing: bool = False
 
     def checked(self) -> LoadOptions:
-        """The same, of the types that it says; equal where the same is meant.
+        """These options with checked types; two that mean the same are equal.
 
         Raises:
             InvalidArgument: as `check_step` and `check_keys` raise it.

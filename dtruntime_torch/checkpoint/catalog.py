@@ -232,12 +232,9 @@ async def pick(
         if step is not None:
             there = sorted({key.step for key in keys})
             steps = f"steps {there}" if len(there) <= 10 else f"{len(there)} steps, the newest {there[-10:]}"
-            raise CheckpointNotFound(f"there is no checkpoint {name} of step {step}; it has {steps}")
-        told = "`dtruntime verify --all` lists the damage" if damage else "; ".join(notes)
-        raise CorruptCheckpoint(
-            f"every checkpoint called {name} is damaged or was passed over; none can be loaded; {told}",
-            damage,
-        )
+            raise CheckpointNotFound(f"there is no checkpoint {name} of step {step}; there are {steps}")
+        told = "`dtruntime verify --all` lists the damage" if damage else "the warnings say why"
+        raise CorruptCheckpoint(f"no checkpoint called {name} can be loaded; {told}", damage)
 
     return await _look(backend, name, choose)
 
@@ -314,7 +311,7 @@ async def _read_or_note(
 
 
 async def _check_run(backend: StorageBackend, commit: Commit) -> None:
-    """Refuses what somebody copied in from another place, where this generation was another run."""
+    """Refuses what is of another run than its generation: copied in from another place, or that record is damaged."""
     if commit.void:
         return
     path = names.generation_path(commit.name, commit.generation)
@@ -326,8 +323,9 @@ async def _check_run(backend: StorageBackend, commit: Commit) -> None:
         return
     if manifest.run_id != run_id:
         raise CorruptCheckpoint(
-            f"{names.commit_path(commit.name, commit.key)} is of run {manifest.run_id}, and {path} says run {run_id}: it was "
-            f"copied in, and loads from a folder of its own; or that file is damaged, and it loads once that is taken away"
+            f"{names.commit_path(commit.name, commit.key)} is of run {manifest.run_id}, and {path} says run {run_id}: "
+            f"either the checkpoint was copied in (copy it to a folder of its own to load it), or {path} is damaged "
+            f"(delete that file to load it)"
         )
 
 

@@ -212,7 +212,7 @@ async def _claim(
     data = encode_generation(ours)
     try:
         # Its time, to the microsecond, tells it from a claim that this very run made before.
-        # It promises nothing yet, so that a place which refuses it need not be asked again.
+        # It promises nothing yet, so a place that refuses it need not be asked again.
         there, _ = await _make_sure(backend, path, data, decode_generation, patience, is_lasting)
         return there == ours
     except CorruptCheckpoint:
@@ -229,10 +229,18 @@ async def _make_sure(
 ) -> tuple[R, bool]:
     """Creates the file unless there is one; returns what is there, and durable, then, and whether all creates ended.
 
+    Args:
+        backend: where to.
+        path: of the file.
+        data: what is in it.
+        decode: reads what is there.
+        patience: with unknown outcomes.
+        gives_up: whether an error ends it at once.
+
     Raises:
         StorageError: that is not known at the deadline.
         CorruptCheckpoint: what is there cannot be decoded.
-        Exception: one for which it gives up; the storage is not asked again.
+        Exception: whatever `gives_up` accepts.
     """
     began = patience.clock()
     pause, sent = patience.pause, 0

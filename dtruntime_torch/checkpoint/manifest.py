@@ -22,7 +22,7 @@ from dtruntime_torch.checkpoint.format.records import (
 )
 from dtruntime_torch.checkpoint.format.strict_json import Fields, Newer, Refused
 from dtruntime_torch.checkpoint.objects import Json
-from dtruntime_torch.checkpoint.stack import blame_deep_caller
+from dtruntime_torch.checkpoint.stack import raise_if_caller_is_deep
 from dtruntime_torch.errors import CorruptCheckpoint, Damage, InvalidArgument, NewerFormat
 
 __all__ = [
@@ -170,7 +170,7 @@ def _decode(
             raise NewerFormat(f"{source} is sound, but {error}") from error
         raise _corrupt(kind, data, source, error) from error
     except (Refused, CorruptCheckpoint) as error:
-        blame_deep_caller(error, source)
+        raise_if_caller_is_deep(error, source)
         raise _corrupt(kind, data, source, error) from error
 
 

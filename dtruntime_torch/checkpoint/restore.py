@@ -1,10 +1,10 @@
-"""A load, agreed by all ranks: the leader picks a commit, everyone reads and checks its share, all fill together.
+"""Tries commits until one is loaded. Each try is agreed by all ranks: everyone reads and checks its share, all fill.
 
-Nothing of the state is touched before all ranks know that names, shapes and dtypes fit, and the lengths and headers of the
-files. Then contiguous tensors on the host are read straight into place, each chunk digested on the way; all else is read beside the
-state, into memory that the ranks of a node share, and checked before that. Where a chunk is damaged, all ranks go to the
-checkpoint before it, which fills the same tensors; if there is none, the error says that they hold parts of it. With
-`all_or_nothing` everything is read beside the state, and nothing is touched before every digest agreed.
+Nothing of the state is touched before all ranks know that names, shapes and dtypes fit, and the lengths and headers of
+the files. Then contiguous tensors on the host are read straight into place, each chunk digested on the way; all else is
+read beside the state, into memory that the ranks of a node share, and checked before that. Where a chunk is damaged, all
+ranks go to the checkpoint before it, which fills the same tensors; if there is none, the error says that they hold parts
+of it. With `all_or_nothing` everything is read beside the state, and nothing is touched before every digest agreed.
 """
 
 from __future__ import annotations

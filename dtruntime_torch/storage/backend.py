@@ -123,7 +123,7 @@ def reads_chunks(backend: StorageBackend) -> ReadsChunks | None:
     """The backend as what reads chunks, if it does.
 
     One that inherits that, but reads in a way of its own, as one that decrypts must, is asked for what it says itself.
-    One around another, which finds out whether that does, has None for the method where it does not.
+    A wrapper whose inner backend does not read chunks has None for the method.
     """
     if not isinstance(backend, ReadsChunks) or getattr(backend, "read_chunks", None) is None:
         return None

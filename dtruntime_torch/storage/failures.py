@@ -15,7 +15,7 @@ _ADVICE = {
     errno.EACCES: "Give this user permission to read and write there, or choose another place",
     errno.EPERM: "Give this user permission to read and write there, or choose another place",
     errno.EROFS: "The file system is mounted read-only: mount it writable, or choose another place",
-    errno.ENOENT: "It was deleted meanwhile: see whether another job saves or cleans up there",
+    errno.ENOENT: "Its folder is not there, or no longer: see whether another job saves or cleans up there",
     errno.ENOTDIR: "A file stands where a folder is needed: move it away, or choose another place",
     errno.EISDIR: "A folder stands where a file is needed: move it away, or choose another place",
     errno.ENAMETOOLONG: "Choose a shorter name or a root less deep",

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Literal, cast
 
 from typing_extensions import Buffer
@@ -22,7 +23,7 @@ from typing_extensions import Buffer
 from dtruntime_torch import _C
 from dtruntime_torch.errors import InvalidArgument, NotFound, StorageError
 from dtruntime_torch.storage.arguments import as_views
-from dtruntime_torch.storage.backend import Data, Entry, Listing, StorageBackend, reads_chunks
+from dtruntime_torch.storage.backend import Data, Entry, Listing, ReadsChunks, StorageBackend, reads_chunks
 
 Operation = Literal[
     "write",
@@ -36,11 +37,10 @@ Operation = Literal[
     "unfinished",
     "discard_unfinished",
 ]
-ReadChunks = Callable[[str, Sequence[int], Sequence[memoryview], int], Awaitable[bytes]]
-"""The method of that name."""
+ReadChunksMethod = Callable[[str, Sequence[int], Sequence[memoryview], int], Awaitable[bytes]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Pieces:
     """Where a `read_chunks` puts what it reads.
 
@@ -305,16 +305,18 @@ class FaultyBackend:
         return result if into is None else _land(result, into)
 
     @property
-    def read_chunks(self) -> ReadChunks | None:
+    def read_chunks(self) -> ReadChunksMethod | None:
         """As the inner backend has it; None where that has none."""
-        return None if self._reader is None else self._read_chunks
+        return None if self._reader is None else partial(self._read_chunks, self._reader)
 
     async def _read_chunks(
-        self, path: str, offsets: Sequence[int], into: Sequence[memoryview], chunk_bytes: int
+        self,
+        reader: ReadsChunks,
+        path: str,
+        offsets: Sequence[int],
+        into: Sequence[memoryview],
+        chunk_bytes: int,
     ) -> bytes:
-        assert self._reader is not None
-        reader = self._reader
-
         def run(_: Data | None) -> Awaitable[object]:
             return reader.read_chunks(path, offsets, into, chunk_bytes)
 

@@ -391,11 +391,11 @@ def test_pick_says_that_there_is_nothing(shelf):
 
 def test_pick_says_which_steps_there_are(shelf):
     shelf.put_commit(7, 100)
-    with pytest.raises(CheckpointNotFound, match=r"step 50; it has steps \[100\]"):
+    with pytest.raises(CheckpointNotFound, match=r"step 50; there are steps \[100\]"):
         pick(shelf, step=50)
 
 
 def test_where_all_is_damaged_it_is_no_fresh_start(shelf):
     shelf.put_commit(7, 100)
-    with pytest.raises(CorruptCheckpoint, match="every checkpoint"):
+    with pytest.raises(CorruptCheckpoint, match="no checkpoint called model"):
         pick(shelf, rejected={KEY: ()})

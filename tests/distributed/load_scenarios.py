@@ -146,9 +146,7 @@ def check_same(state: State, expected: State) -> None:
 
 def make_fsdp(ranks: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(7)
-    model = torch.nn.Sequential(
-        torch.nn.Linear(16, 33), torch.nn.ReLU(), torch.nn.Linear(33, 5, bias=False)
-    )
+    model = torch.nn.Sequential(torch.nn.Linear(16, 33), torch.nn.ReLU(), torch.nn.Linear(33, 5, bias=False))
     for layer in (model[0], model[2], model):
         fully_shard(layer, mesh=MESHES[ranks,])
     return model, torch.optim.AdamW(model.parameters(), lr=0.01)

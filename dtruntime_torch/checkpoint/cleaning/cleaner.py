@@ -106,8 +106,9 @@ class Cleaner:
             generation = max([*claimed, *(key.generation for key in stock.commits)], default=0)
         plan = self._plan(stock, generation)
         if dry_run:
-            cleared = {commit.attempt for commit in plan.commits} | {attempt.path for attempt in plan.dead}
-            return report(True, stock, [commit.key for commit in plan.commits], plan.victims, (), cleared)
+            cleared_attempts = {commit.attempt for commit in plan.commits} | {a.path for a in plan.dead}
+            keys = [commit.key for commit in plan.commits]
+            return report(True, stock, keys, plan.victims, (), cleared_attempts)
         return await self._do(self._begin(plan, stock, generation), stock)
 
     async def drop(self, attempt: Attempt) -> PruneReport:
@@ -158,9 +159,9 @@ class Cleaner:
         commits = [removal.commit.key for removal in cleared if isinstance(removal, Prune)]
         commits += [r.attempt.key for r in cleared if isinstance(r, Drop) and r.was_committed]
         of_these = frozenset[str]().union(*(removal.victims for removal in cleared))
-        gone = {r.commit.attempt for r in cleared if isinstance(r, Prune)}
-        gone |= {r.attempt.path for r in cleared if isinstance(r, (Drop, Sweep))}
-        return report(False, stock, commits, of_these & deleted, faults, gone)
+        cleared_attempts = {r.commit.attempt for r in cleared if isinstance(r, Prune)}
+        cleared_attempts |= {r.attempt.path for r in cleared if isinstance(r, (Drop, Sweep))}
+        return report(False, stock, commits, of_these & deleted, faults, cleared_attempts)
 
     async def _take_stock(self) -> Stock:
         return await take_stock(self._backend, self._name, self._manifests, self._voids)

@@ -13,7 +13,7 @@ from dtruntime_torch.checkpoint.names import Attempt, CommitKey
 from dtruntime_torch.checkpoint.objects import Json
 
 # How many of the deltas that use one attempt are named.
-MAX_TOLD = 3
+MOST_USERS_TOLD = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ def report(
     commits: Iterable[CommitKey],
     attempts: Collection[str],
     blocked: Iterable[str],
-    cleared: Collection[str] = (),
+    cleared_attempts: Collection[str] = (),
 ) -> PruneReport:
     """Tells what goes or went, with the bytes that were there when stock was taken.
 
@@ -117,7 +117,7 @@ def report(
         commits: the checkpoints that go.
         attempts: those whose files go.
         blocked: why something stays that should go.
-        cleared: the attempts whose manifests go.
+        cleared_attempts: those whose manifests go.
     """
     gone = [attempt for attempt in stock.nbytes if attempt in attempts]
     return PruneReport(
@@ -126,14 +126,16 @@ def report(
         attempts=tuple(gone),
         nbytes=sum(stock.nbytes[attempt] for attempt in gone),
         blocked=tuple(blocked),
-        in_use=tuple(_in_use(stock, attempts, cleared)),
+        in_use=tuple(_in_use(stock, attempts, cleared_attempts)),
     )
 
 
-def _in_use(stock: Stock, attempts: Collection[str], cleared: Collection[str]) -> Iterator[str]:
-    staying = {attempt: noted.uses for attempt, noted in stock.manifests.items() if attempt not in cleared}
+def _in_use(stock: Stock, attempts: Collection[str], cleared_attempts: Collection[str]) -> Iterator[str]:
+    staying = {
+        attempt: noted.uses for attempt, noted in stock.manifests.items() if attempt not in cleared_attempts
+    }
     for attempt in stock.nbytes:
         users = sorted(user for user, uses in staying.items() if attempt in uses)
         if users and attempt not in staying and attempt not in attempts:
-            more = f" and {len(users) - MAX_TOLD} more" if len(users) > MAX_TOLD else ""
-            yield f"files of {attempt} stay, used by {', '.join(users[:MAX_TOLD])}{more}"
+            more = f" and {len(users) - MOST_USERS_TOLD} more" if len(users) > MOST_USERS_TOLD else ""
+            yield f"files of {attempt} stay, used by {', '.join(users[:MOST_USERS_TOLD])}{more}"

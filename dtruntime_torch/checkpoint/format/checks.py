@@ -84,7 +84,8 @@ def check_part(part: Part) -> None:
     _check_attempt(part.attempt, part.generation, part.step)
     _require(part.rank < part.world_size, f"rank {part.rank} is none of {part.world_size}")
     others = part.completed_by
-    _require(sorted({*others} - {part.rank}) == list(others), "it is completed by ranks out of order")
+    _require(part.rank not in others, "it is completed by itself")
+    _require(sorted({*others}) == list(others), "it is completed by ranks out of order")
     _require(max(others, default=0) < part.world_size, "it is completed by a rank that there is not")
     _require(part.chunk_bytes > 0, "its chunks have no bytes")
     for file in part.files:

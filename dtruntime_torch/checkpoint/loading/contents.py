@@ -88,15 +88,16 @@ async def survey_contents(
     """
     manifest = await catalog.read_manifest(backend, commit)
     everyone = set(range(manifest.world_size))
-    parts = await read_parts(backend, manifest, {rank} if world_size == len(everyone) else everyone)
+    parts = await _read_parts(backend, manifest, {rank} if world_size == len(everyone) else everyone)
     if len(parts) < len(everyone):
-        parts |= await read_parts(backend, manifest, parts[rank].completed_by)
+        parts |= await _read_parts(backend, manifest, parts[rank].completed_by)
     try:
         saved, wanted, plan = _compare(parts, rank, want)
     except CorruptCheckpoint:
+        # Not all that is wanted is in these, or they are damaged: then the other parts do not help.
         if len(parts) == len(everyone):
             raise
-        parts |= await read_parts(backend, manifest, everyone.difference(parts))
+        parts |= await _read_parts(backend, manifest, everyone.difference(parts))
         saved, wanted, plan = _compare(parts, rank, want)
     if wanted.differences:
         return Contents(manifest, parts, saved, wanted, plan, {}, Landings(), {})
@@ -121,7 +122,7 @@ def _compare(
     return saved, wanted, LoadPlan(()) if wanted.differences else make_load_plan(saved, parts, wanted.tensors)
 
 
-async def read_parts(backend: StorageBackend, manifest: Manifest, ranks: Iterable[int]) -> dict[int, Part]:
+async def _read_parts(backend: StorageBackend, manifest: Manifest, ranks: Iterable[int]) -> dict[int, Part]:
     """Reads the part manifests of ranks that saved: rank -> its part.
 
     Raises:
@@ -139,7 +140,7 @@ async def with_parts_of(backend: StorageBackend, contents: Contents, needs: Iter
         CorruptCheckpoint: one of them is damaged.
     """
     lacking = {part for one in needs for part, _ in one}.difference(contents.parts)
-    more = await read_parts(backend, contents.manifest, lacking)
+    more = await _read_parts(backend, contents.manifest, lacking)
     return replace(contents, parts={**contents.parts, **more})
 
 

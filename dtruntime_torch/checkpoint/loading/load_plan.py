@@ -7,7 +7,7 @@ that cutting n ranks' shards anew costs n log n where they are cut along it, and
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dtruntime_torch.checkpoint.format.records import ObjectEntry, Part, TensorEntry
@@ -135,7 +135,7 @@ def lies_in(fqn: str, keys: Iterable[str] | None) -> bool:
     return keys is None or any(fqn == key or fqn.startswith(f"{key}.") for key in keys)
 
 
-def select(saved: SavedState, keys: Sequence[str] | None) -> SavedState:
+def select(saved: SavedState, keys: Collection[str] | None) -> SavedState:
     """What of a checkpoint lies in the keys; None are all."""
     if keys is None:
         return saved

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dtruntime_torch import _C, errors
-from dtruntime_torch.checkpoint.arguments import LoadOptions, check_keys
+from dtruntime_torch.checkpoint.arguments import LoadOptions
 from dtruntime_torch.checkpoint.loading.assembly import Staged
 from dtruntime_torch.checkpoint.loading.chunk_needs import pack, unpack
 from dtruntime_torch.checkpoint.loading.contents import (
@@ -74,7 +74,7 @@ class LoadRound:
         self._values: dict[str, object] = {}
         self._shares: Shares | None = None
         self._staged = Staged()
-        self._node: tuple[int, ...] = ()
+        self._node_ranks: tuple[int, ...] = ()
         self._reader = reads_chunks(backend)
         self._touched = touched
         self.error: Exception | None = None
@@ -119,33 +119,33 @@ class LoadRound:
         return self._report(survey)
 
     def _want(self, targets: Targets, saved: SavedState) -> Wanted:
-        wanted = targets.want(saved, check_keys(self._options.keys))
+        wanted = targets.want(saved, self._options.keys)
         lines = [
             f"{fqn}: holds bytes of a newer step that is damaged, and is not in this one"
             for fqn in targets.left_alone(self._touched)
         ]
         return replace(wanted, differences=(*wanted.differences, *lines))
 
-    def divide(self, nodes: Sequence[dict[str, Any]]) -> Report:
-        """Learns with whom this rank shares what is read, and what of that it reads for all.
+    def learn_shares(self, nodes: Sequence[dict[str, Any]]) -> Report:
+        """Learns with whom this rank shares what is read, and what of that it reads for all; reads the parts for that.
 
         Args:
             nodes: as the verdict has them.
         """
 
-        def divide_node() -> Report:
+        def learn_shares() -> Report:
             for node in nodes:
                 if self._members.rank in node["ranks"]:
-                    self._node = tuple(node["ranks"])
+                    self._node_ranks = tuple(node["ranks"])
                     needs = [unpack(packed) for packed in node["needs"]]
-                    needs = needs * len(self._node) if len(needs) == 1 else needs
+                    needs = needs * len(self._node_ranks) if len(needs) == 1 else needs
                     self._contents = run_sync(with_parts_of(self._backend, self.contents, needs))
                     self._shares = divide(needs, self._contents.parts)
             return {"kind": "sound"}
 
-        return self._report(divide_node)
+        return self._report(learn_shares)
 
-    def share_memory(self, key: str) -> None:
+    def make_memory(self, key: str) -> None:
         """Makes the memory for what ranks of this node need in common. All ranks call it.
 
         Args:
@@ -153,9 +153,9 @@ class LoadRound:
         """
         nbytes = 0
         if self._shares is not None:
-            nbytes = place(self._shares.common[self._node.index(self._members.rank)]).nbytes
+            nbytes = place(self._shares.common[self._node_ranks.index(self._members.rank)]).nbytes
         tag = f"dtruntime-{self._members.run_id}-{key.replace('/', '-')}"
-        self._memory = share_memory(self._members.barrier, key, tag, self._node, nbytes)
+        self._memory = share_memory(self._members.barrier, key, tag, self._node_ranks, nbytes)
 
     def read(self) -> Report:
         """Reads this rank's share, straight into the memory of the node, and what only this rank needs.
@@ -164,7 +164,7 @@ class LoadRound:
         """
 
         def read() -> Report:
-            contents, shares, ranks = self.contents, self._shares, self._node
+            contents, shares, ranks = self.contents, self._shares, self._node_ranks
             if self._memory is None or shares is None:
                 shares, ranks = divide([contents.needs], contents.parts), (self._members.rank,)
             common = [self._memory[rank] for rank in ranks] if self._memory else []

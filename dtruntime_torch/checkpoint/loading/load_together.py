@@ -81,16 +81,16 @@ class LoadTogether:
         def go(
             stage: str, step: Callable[[], Report], judge: Callable[[Sequence[Report]], Verdict] = judge
         ) -> Verdict | None:
-            return self._act_on(self._meet(stage, step, judge), commit, this)
+            return self._act_on(self._meet(stage, step, judge), commit, options, this)
 
         try:
             survey = go("survey", lambda: this.survey(lambda: self._refuse_others(options)), judge_surveys)
             if survey is None:
                 return None
             if survey["nodes"]:
-                if go("divide", lambda: this.divide(survey["nodes"])) is None:
+                if go("divide", lambda: this.learn_shares(survey["nodes"])) is None:
                     return None
-                this.share_memory(self._key)
+                this.make_memory(self._key)
             turn = tuple(survey["turns"][self._members.rank])
             for stage, step in (
                 ("read", this.read),
@@ -135,8 +135,10 @@ class LoadTogether:
         )
         return load_verdicts.decode(answer)
 
-    def _act_on(self, verdict: Verdict, commit: Commit, this: LoadRound) -> Verdict | None:
-        """Raises what the verdict says; None if another commit has to be tried."""
+    def _act_on(
+        self, verdict: Verdict, commit: Commit, options: LoadOptions, this: LoadRound
+    ) -> Verdict | None:
+        """Raises what the verdict says, and rejects a commit that is damaged; None if another has to be tried."""
         kind = verdict["verdict"]
         if kind == "differs":
             raise CheckpointMismatch(verdict["message"])
@@ -144,7 +146,7 @@ class LoadTogether:
             raise errors.from_record(verdict, LoadFailed) from this.error
         if kind == "older":
             error = CorruptCheckpoint(verdict["message"], [Damage(**d) for d in verdict["damage"]])
-            self._choice.reject(commit, self._options.step, error)
+            self._choice.reject(commit, options.step, error)
         return verdict if kind == "go" else None
 
     def _fill(self, this: LoadRound) -> None:

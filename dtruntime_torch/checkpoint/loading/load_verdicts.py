@@ -140,4 +140,4 @@ def _have_common(needs: Sequence[Needs]) -> bool:
 
 
 def _verdict(verdict: str, message: str = "", damage: Sequence[dict[str, Any]] = ()) -> Verdict:
-    return {"verdict": verdict, "type": "", "message": message, "damage": list(damage)}
+    return {"verdict": verdict, "message": message, "damage": list(damage)}

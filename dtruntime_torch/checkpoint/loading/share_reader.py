@@ -105,7 +105,7 @@ async def check_headers(
 
 
 async def _suspects(check: Callable[[str], Awaitable[None]], paths: Iterable[str]) -> Suspects:
-    """Looks at files together, for one that cannot be read is tried for a while; those that were refused, and why."""
+    """Checks files all at once, since an unreadable one is tried for a while. Returns those that failed, and why."""
 
     async def look(path: str) -> tuple[str, StorageError | None]:
         try:
@@ -183,12 +183,13 @@ async def explain(
 async def _explain_unread(
     backend: StorageBackend, name: str, parts: Mapping[int, Part], paths: Set[str]
 ) -> list[Damage]:
-    """Of files of which only the header was to be read here, as their tensors are another share's."""
+    """Checks files of which only the header was to be read here, as their tensors are another share's."""
     damage: list[Damage] = []
+    left = set(paths)
     for part in parts.values():
-        named = paths & {file.path for file in part.files}
+        named = left & {file.path for file in part.files}
         damage += await check_files(backend, name, part, named)
-        paths = paths - named
+        left -= named
     return damage
 
 

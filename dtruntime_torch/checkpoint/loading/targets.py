@@ -6,7 +6,7 @@ straight into `homes`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 
@@ -68,7 +68,7 @@ class Targets:
         # Each thread has its own mode, and this is the one that will fill.
         self._in_inference = torch.is_inference_mode_enabled()
 
-    def want(self, saved: SavedState, keys: tuple[str, ...] | None = None) -> Wanted:
+    def want(self, saved: SavedState, keys: Collection[str] | None = None) -> Wanted:
         """Compares the state with a checkpoint and says what is needed of that; nothing is changed.
 
         Names, shapes and dtypes of tensors must agree, in modules and in dicts. Of an optimizer the parameters
@@ -108,7 +108,7 @@ class Targets:
             tuple(total.unexpected),
         )
 
-    def _is_chosen(self, node: Node, keys: tuple[str, ...] | None) -> bool:
+    def _is_chosen(self, node: Node, keys: Collection[str] | None) -> bool:
         if lies_in(node.fqn, keys):
             return True
         inside = [key for key in keys or () if lies_in(key, (node.fqn,))]
@@ -199,7 +199,7 @@ class Targets:
             request.fill(loaded)
 
     def _ask(
-        self, node: Node, below: Below | None, boxes: BoxFinder, keys: tuple[str, ...] | None
+        self, node: Node, below: Below | None, boxes: BoxFinder, keys: Collection[str] | None
     ) -> Request:
         if isinstance(node.value, torch.nn.Module) and not (below is None and node.per_rank):
             leaves = below.leaves if below is not None else []

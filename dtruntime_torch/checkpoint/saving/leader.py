@@ -55,8 +55,8 @@ class Leader:
         self._cleaner = Cleaner(backend, name, policies.retention)
         self._delta = policies.delta
         self._tries: Counter[CommitKey] = Counter()
-        # Seconds for one of the things for which the others wait: one that hangs leaves time for the rest. If several
-        # hang, the others may give up first; below a time-out of three minutes also if all calls of one commit do.
+        # Seconds for one of the things for which the others wait: one call that hangs leaves time for the rest. If several
+        # hang, or all calls of one commit where this is less than a minute, the others may give up first.
         self._share = members.barrier.timeout / 4
         self._patience = commit.Patience(seconds=min(60.0, self._share), call_seconds=min(30.0, self._share))
         retry = policies.retry

@@ -66,8 +66,7 @@ def make_save_plan(
         **_assign_shards(own.tensors, holdings),
         **_assign_spread(holdings),
         **_assign_lowest(holdings),
-        **{spec.fqn: rank for spec in own.tensors if spec.per_rank},
-        **{spec.fqn: rank for spec in own.objects if spec.per_rank},
+        **{spec.fqn: rank for of_kind in own for spec in of_kind if spec.per_rank},
     }
     # Of a DTensor whose shard is empty here, or that others hold otherwise, no writer is known.
     items = tuple(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -35,7 +35,7 @@ def module_request(
     survey: Survey,
     leaves: Sequence[SavedLeaf],
     boxes: BoxFinder,
-    keys: Sequence[str] | None = None,
+    keys: Collection[str] | None = None,
 ) -> Request:
     """Asks for all that a module's state has, and compares names, shapes and dtypes.
 
