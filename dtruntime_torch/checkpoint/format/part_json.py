@@ -66,7 +66,7 @@ def _file_from(fields: Fields) -> FileRef:
 def _tensor_to_json(tensor: TensorEntry) -> Json:
     return {
         "fqn": _text_to_json(tensor.fqn),
-        "path": _path_to_json(tensor.path),
+        "path": path_to_json(tensor.path),
         "index": tensor.index,
         "name": tensor.name,
         "dtype": tensor.dtype,
@@ -84,7 +84,7 @@ def _tensor_to_json(tensor: TensorEntry) -> Json:
 def _tensor_from(fields: Fields) -> TensorEntry:
     return TensorEntry(
         fqn=_text_from(fields, "fqn"),
-        path=_path_from(fields),
+        path=path_from(fields),
         index=fields.integer("index"),
         name=fields.string("name"),
         dtype=fields.string("dtype"),
@@ -109,7 +109,7 @@ def _extent_from(value: Json) -> Extent:
 def _object_to_json(entry: ObjectEntry) -> Json:
     return {
         "fqn": _text_to_json(entry.fqn),
-        "path": _path_to_json(entry.path),
+        "path": path_to_json(entry.path),
         "index": entry.index,
         "per_rank": entry.per_rank,
         "value": entry.value,
@@ -119,19 +119,21 @@ def _object_to_json(entry: ObjectEntry) -> Json:
 def _object_from(fields: Fields) -> ObjectEntry:
     return ObjectEntry(
         fqn=_text_from(fields, "fqn"),
-        path=_path_from(fields),
+        path=path_from(fields),
         index=fields.integer("index"),
         per_rank=fields.boolean("per_rank"),
         value=fields.json("value"),
     )
 
 
-def _path_to_json(path: Path) -> Json:
+def path_to_json(path: Path) -> Json:
+    """The way to a leaf, a pair for each step."""
     # A position in a list is a small integer, which is its own encoding.
     return [[_LETTERS[step.container], objects.encode(step.key, "a key of the state")] for step in path]
 
 
-def _path_from(fields: Fields) -> Path:
+def path_from(fields: Fields) -> Path:
+    """Reads what `path_to_json` gave as the field `path`."""
     steps = fields.array("path")
     if len(steps) > objects.MAX_DEPTH:
         raise Refused(f"a path has more than {objects.MAX_DEPTH} steps")

@@ -153,11 +153,11 @@ class LoadTogether:
         """Fills the state on all ranks; returns when all have succeeded."""
         key = f"{self._key}/fill"
         with declining(self._barrier, key):
-            message = this.fill()
+            message = this.fill().encode(errors="backslashreplace")
 
         def collect(values: Sequence[bytes]) -> bytes:
             return "; ".join(f"rank {r}: {v.decode()}" for r, v in enumerate(values) if v).encode()
 
-        failures = self._barrier.meet(key, message.encode(), collect).decode()
+        failures = self._barrier.meet(key, message, collect).decode()
         if failures:
             raise LoadFailed(f"the state could not be filled: {failures}; {HALF_FILLED}") from this.error

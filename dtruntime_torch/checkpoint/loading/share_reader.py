@@ -24,6 +24,7 @@ from dtruntime_torch.storage.backend import StorageBackend
 from dtruntime_torch.storage.rereads import reread
 
 FETCHES_AT_A_TIME = 4
+FILES_AT_A_TIME = 16
 
 Files = Mapping[str, FileRef]
 Suspects = dict[str, StorageError]
@@ -105,11 +106,13 @@ async def check_headers(
 
 
 async def _suspects(check: Callable[[str], Awaitable[None]], paths: Iterable[str]) -> Suspects:
-    """Checks files all at once, since an unreadable one is tried for a while. Returns those that failed, and why."""
+    """Checks many files at a time, since an unreadable one is tried for a while. Returns those that failed, and why."""
+    room = asyncio.Semaphore(FILES_AT_A_TIME)
 
     async def look(path: str) -> tuple[str, StorageError | None]:
         try:
-            await check(path)
+            async with room:
+                await check(path)
         except StorageError as error:
             return path, error
         return path, None

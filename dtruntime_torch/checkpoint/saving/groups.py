@@ -17,6 +17,7 @@ from dtruntime_torch.barrier import Barrier
 from dtruntime_torch.checkpoint import objects
 from dtruntime_torch.checkpoint.dtypes import is_known
 from dtruntime_torch.checkpoint.format import strict_json
+from dtruntime_torch.checkpoint.format.part_json import path_from, path_to_json
 from dtruntime_torch.checkpoint.format.strict_json import Fields, Refused
 from dtruntime_torch.checkpoint.objects import Json
 from dtruntime_torch.checkpoint.specs import FlatSpecs, Members, ObjectSpec, TensorSpec
@@ -33,7 +34,7 @@ class Groups:
 
     Attributes:
         members: signature -> the ranks of that group, ascending. Every rank is in one of them.
-        specs: signature -> the structure of one of them. Of groups that this rank is not in, paths are left out.
+        specs: signature -> the structure of one of them.
     """
 
     members: Members
@@ -188,7 +189,12 @@ def _pack(specs: FlatSpecs) -> bytes:
     structure: dict[str, Json] = {
         "tensors": [_tensor_to_json(spec) for spec in specs.tensors],
         "objects": [
-            {"fqn": objects.encode(leaf.fqn, "a name"), "index": leaf.index, "per_rank": leaf.per_rank}
+            {
+                "fqn": objects.encode(leaf.fqn, "a name"),
+                "path": path_to_json(leaf.path),
+                "index": leaf.index,
+                "per_rank": leaf.per_rank,
+            }
             for leaf in specs.objects
         ],
     }
@@ -213,6 +219,7 @@ def _unpack(packed: bytes, rank: int) -> FlatSpecs:
 def _tensor_to_json(spec: TensorSpec) -> Json:
     return {
         "fqn": objects.encode(spec.fqn, "a name"),
+        "path": path_to_json(spec.path),
         "index": spec.index,
         "dtype": spec.dtype,
         "global_shape": list(spec.global_shape),
@@ -231,7 +238,7 @@ def _tensor_to_json(spec: TensorSpec) -> Json:
 def _tensor_from(fields: Fields) -> TensorSpec:
     spec = TensorSpec(
         fqn=_text(fields.json("fqn")),
-        path=(),
+        path=path_from(fields),
         index=fields.integer("index"),
         dtype=fields.string("dtype"),
         global_shape=fields.integers("global_shape"),
@@ -253,7 +260,8 @@ def _tensor_from(fields: Fields) -> TensorSpec:
 
 
 def _object_from(fields: Fields) -> ObjectSpec:
-    return ObjectSpec(_text(fields.json("fqn")), (), fields.integer("index"), fields.boolean("per_rank"))
+    fqn = _text(fields.json("fqn"))
+    return ObjectSpec(fqn, path_from(fields), fields.integer("index"), fields.boolean("per_rank"))
 
 
 def _text(encoded: Json) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -61,6 +61,7 @@ def make_save_plan(
         >>> [len(make_save_plan(r, 2, alike, {"a": alike}, {"a": (0, 1)}).tensors) for r in (0, 1)]
         [1, 0]
     """
+    _check_nesting(groups, members)
     holdings = _holdings(groups, members)
     writers = {
         **_assign_shards(own.tensors, holdings),
@@ -79,6 +80,23 @@ def make_save_plan(
     others = _completing(own, writers, groups, holdings)
     completed_by = others if others is not None else set(range(world_size))
     return SavePlan(rank, world_size, items, objects, tuple(sorted(completed_by - {rank})))
+
+
+def _check_nesting(groups: Mapping[str, FlatSpecs], members: Mapping[str, Ranks]) -> None:
+    """Refuses a place that is a leaf on some ranks, and a container of leaves on others: no state can be both."""
+    at: dict[tuple[Hashable, ...], list[tuple[str, TensorSpec | ObjectSpec]]] = defaultdict(list)
+    for signature, specs in groups.items() if len(groups) > 1 else ():
+        for spec in (leaf for of_kind in specs for leaf in of_kind):
+            way = tuple(step.key for step in spec.path)
+            # Groups of an optimizer are told apart by names, whatever their position.
+            if spec.fqn == ".".join(map(str, way)):
+                at[way].append((signature, spec))
+    for way, inside in at.items():
+        for depth in range(len(way)):
+            outside = at.get(way[:depth], [])
+            # Of what differs by rank each reads its own.
+            if outside and not all(spec.per_rank for _, spec in (*outside, *inside)):
+                raise _differing_kinds(outside, inside, members)
 
 
 def _holdings(groups: Mapping[str, FlatSpecs], members: Mapping[str, Ranks]) -> dict[str, _Holding]:
@@ -241,6 +259,21 @@ def _differing(
     return InvalidArgument(
         f"{fqn!r} differs between ranks: {lines}. Wrap it in dt.PerRank on all ranks if each is to keep its own, "
         f"or give it different names"
+    )
+
+
+def _differing_kinds(
+    outside: Sequence[tuple[str, TensorSpec | ObjectSpec]],
+    inside: Sequence[tuple[str, TensorSpec | ObjectSpec]],
+    members: Mapping[str, Ranks],
+) -> InvalidArgument:
+    leaf, below = (
+        f"{held[0][1].fqn!r} on ranks {_shorten(sorted(rank for s, _ in held for rank in members[s]))}"
+        for held in (outside, inside)
+    )
+    return InvalidArgument(
+        f"{leaf} is a value by itself or empty, and has {below} in it. Wrap it in dt.PerRank on all ranks if each is to "
+        f"keep its own, or give it different names"
     )
 
 

@@ -83,9 +83,10 @@ def match_groups(
         saved: the groups of the checkpoint.
 
     Returns:
-        For each group those that it has parameters of, all with the same options; and what differs.
+        For each group the one that was it, or else those that it has parameters of, all with the same options; and
+        what differs.
     """
-    matches = [[group for group in saved if _belong_together(group, names)] for names in own]
+    matches = [_find_groups(names, saved) for names in own]
     differences = []
     for position, (names, groups) in enumerate(zip(own, matches, strict=True)):
         where = f"{fqn}.{GROUPS}[{position}]"
@@ -134,8 +135,9 @@ def foreign_options(
     return differences
 
 
-def _belong_together(group: SavedGroup, names: Sequence[str]) -> bool:
-    return not set(group.params).isdisjoint(names) if names else not group.params
+def _find_groups(names: Sequence[str], saved: Sequence[SavedGroup]) -> list[SavedGroup]:
+    same = [group for group in saved if group.params == tuple(names)]
+    return same or [group for group in saved if not set(group.params).isdisjoint(names)]
 
 
 def _have_same_options(one: SavedGroup, other: SavedGroup) -> bool:
@@ -174,6 +176,8 @@ def fill_group(group: dict[str, Any], options: Mapping[str, object]) -> None:
 
 
 def _merge(current: object, value: object, device: torch.device) -> object:
+    if isinstance(current, torch.Tensor) and current.is_inference():
+        current = None  # it refuses to be filled outside of inference mode
     if isinstance(value, torch.Tensor):
         if isinstance(current, torch.Tensor) and (current.shape, current.dtype) == (value.shape, value.dtype):
             return current.copy_(value)

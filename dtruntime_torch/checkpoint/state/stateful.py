@@ -4,7 +4,8 @@ distributed checkpoints give, all others as their `state_dict` returns it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -120,11 +121,20 @@ def _optimizer_leaves(node: Node, names: tuple[str, ...], look: Look) -> Iterato
 
 
 def _group_node(node: Node, position: int, group: Mapping[str, Any]) -> Node:
-    # Named by its first parameter and not by its position: stages of a pipeline each have a group 0 of their own.
-    first = str(next(iter(group["params"]), position))
     path = (*node.path, PathKey("dict", GROUPS), PathKey("list", position))
-    name = join_names(join_names(node.fqn, GROUPS), first)
+    name = join_names(join_names(node.fqn, GROUPS), _group_name(position, list(map(str, group["params"]))))
     return Node(path, name, group, node.per_rank, cannot_replace)
+
+
+def _group_name(position: int, params: Sequence[str]) -> str:
+    """Named by its parameters and not by its position: stages of a pipeline each have a group 0 of their own.
+
+    By all of them: ranks with experts of their own share the first ones.
+    """
+    if len(params) < 2:
+        return params[0] if params else str(position)
+    digest = hashlib.sha256("\0".join(params).encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{params[0]}-{digest[:16]}"
 
 
 def _check_not_local(leaf: Node, parameter: torch.Tensor) -> None:

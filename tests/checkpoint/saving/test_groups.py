@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from dtruntime_torch.checkpoint.saving import groups
 from dtruntime_torch.checkpoint.saving.groups import learn, signature
 from dtruntime_torch.checkpoint.saving.save_plan import make_save_plan
-from dtruntime_torch.checkpoint.specs import FlatSpecs, PathKey
+from dtruntime_torch.checkpoint.specs import PathKey
 from dtruntime_torch.errors import BarrierTimeout, SaveFailed, UnsupportedType
 from dtruntime_torch.membership import HashStore
 from tests.checkpoint.plan_builders import World, flat, obj, plans_of, tensor, worlds
@@ -99,11 +99,7 @@ def test_ranks_that_hold_different_things_learn_what_the_others_hold(store):
         assert found.members == {one: (0, 1), two: (2, 3)}
         assert found.specs[signature(states[rank])] == states[rank]
         other = two if rank < 2 else one
-        assert found.specs[other] == without_paths(STAGES[other == two])
-
-
-def without_paths(specs):
-    return FlatSpecs(*(tuple(replace(spec, path=()) for spec in leaves) for leaves in specs))
+        assert found.specs[other] == STAGES[other == two]
 
 
 @settings(max_examples=40)
@@ -124,7 +120,7 @@ def test_names_of_any_characters_travel(store):
     two_halves = "\ud83d\ude00"  # which JSON would join to one character
     odd = flat(tensor("tab\t é \N{GRINNING FACE}", 2, alias=f'"\\\x00{two_halves}'), obj(two_halves))
     found = learnt(store, [odd, flat()])
-    assert found[1].specs[signature(odd)] == without_paths(odd)
+    assert found[1].specs[signature(odd)] == odd
 
 
 def test_no_key_remains(store):
@@ -188,7 +184,7 @@ def test_ranks_that_learnt_sooner_are_not_taken_for_ranks_that_saw_no_change(sto
 
 TENSOR = {
     "fqn": "w", "index": 0, "dtype": "float32", "global_shape": [2], "offsets": [0], "shape": [2], "layout": "",
-    "holders": None, "first_holders": [], "spread": False, "per_rank": False, "alias": None, "is_bytes": False,
+    "path": [["d", "w"]], "holders": None, "first_holders": [], "spread": False, "per_rank": False, "alias": None, "is_bytes": False,
 }  # fmt: skip
 
 
@@ -234,7 +230,7 @@ def test_a_structure_that_cannot_be_read_is_an_error_that_names_its_rank(store, 
 
 
 def test_what_is_refused_above_is_taken_when_it_is_right():
-    assert groups._unpack(packed(), 1).tensors[0] == replace(tensor("w", 2), path=())
+    assert groups._unpack(packed(), 1).tensors[0] == tensor("w", 2)
 
 
 @pytest.mark.parametrize(

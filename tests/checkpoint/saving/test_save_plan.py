@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtruntime_torch.checkpoint.saving.save_plan import make_save_plan
-from dtruntime_torch.checkpoint.specs import FlatSpecs, SavePlan, TensorSpec
+from dtruntime_torch.checkpoint.specs import FlatSpecs, ObjectSpec, PathKey, SavePlan, TensorSpec
 from dtruntime_torch.errors import InvalidArgument
 from tests.checkpoint.plan_builders import World, flat, obj, plans_of, tensor, worlds
 
@@ -135,6 +136,25 @@ def test_single_elements_are_written_by_the_lowest_rank_so_that_few_parts_have_t
     plans = plans_of([flat(shard(rank), *steps) for rank in range(4)])
     assert [len(plan.tensors) for plan in plans] == [9, 1, 1, 1]
     assert [plan.completed_by for plan in plans] == [(), (0,), (0,), (0,)]
+
+
+@pytest.mark.parametrize("inner", [tensor("m.a", 3), obj("m.a")], ids=["a tensor", "an object"])
+def test_what_is_a_value_on_one_rank_and_a_container_on_another_is_refused(
+    inner: TensorSpec | ObjectSpec,
+) -> None:
+    below = replace(inner, path=(PathKey("dict", "m"), PathKey("dict", "a")))
+    told = r"'m' on ranks \[0\] is a value by itself or empty, and has 'm.a' on ranks \[1\] in it.*PerRank"
+    with pytest.raises(InvalidArgument, match=told):
+        plans_of([flat(obj("m")), flat(below)])
+
+
+def test_a_key_with_a_dot_is_no_container() -> None:
+    assert len(plans_of([flat(obj("m")), flat(obj("m.a"))])) == 2
+
+
+def test_what_differs_by_rank_may_be_a_value_on_one_and_a_container_on_another() -> None:
+    below = replace(obj("m.a", per_rank=True), path=(PathKey("dict", "m"), PathKey("dict", "a")))
+    assert len(plans_of([flat(obj("m", per_rank=True)), flat(below)])) == 2
 
 
 def test_tied_tensors_are_written_under_each_name() -> None:
