@@ -79,8 +79,8 @@ def test_where_all_is_damaged_the_error_carries_the_damage(tmp_path):
             path.write_bytes(path.read_bytes()[:-1])
         (tmp_path / "model/commits/0001-00000003.json").write_bytes(b"{}")
         for load in (lambda: manager.load({"w": torch.zeros(6)}), manager.load_checkpoint):
-            going_on = pytest.warns(RuntimeWarning, match="passed over")
-            with going_on, pytest.raises(CorruptCheckpoint, match="every checkpoint") as caught:
+            passed_over = pytest.warns(RuntimeWarning, match="passed over")
+            with passed_over, pytest.raises(CorruptCheckpoint, match="every checkpoint") as caught:
                 load()
             damaged = list(dict.fromkeys(damage.file for damage in caught.value.damage))
             assert damaged[0] == "model/commits/0001-00000003.json"
