@@ -9,11 +9,24 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from dtruntime_torch.checkpoint import objects
+
 # No deadline: how long an example takes depends on what else the machine does, and says nothing of the code.
 settings.register_profile("dtruntime", deadline=None, print_blob=True)
 settings.load_profile("dtruntime")
 
 Mount = Callable[..., Path]
+
+
+@pytest.fixture
+def own_codecs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The codecs that are registered, as a copy: those that a test adds go with it.
+
+    A codec is registered for as long as the process lives, nothing public takes it back, and a second one of its type or tag
+    is refused; so what one test leaves would decide what another finds.
+    """
+    for registry in ("_codecs_by_type", "_codecs_by_tag"):
+        monkeypatch.setattr(objects, registry, dict(getattr(objects, registry)))
 
 
 @pytest.fixture

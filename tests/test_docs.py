@@ -10,12 +10,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import dtruntime_torch as dt
-from dtruntime_torch.checkpoint import objects
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -61,11 +61,10 @@ def links(page: Path) -> Iterator[tuple[Path, str]]:
             yield (page.parent / file if file else page), anchor
 
 
+@pytest.mark.usefixtures("own_codecs")
 @pytest.mark.parametrize("name", MODULES)
 def test_the_examples_in_docstrings_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for registry in ("_codecs_by_type", "_codecs_by_tag"):
-        monkeypatch.setattr(objects, registry, dict(getattr(objects, registry)))
     failed, _ = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
     assert failed == 0
 
@@ -87,21 +86,47 @@ def test_the_example_of_the_readme_trains_saves_and_resumes(tmp_path):
         assert manager.verify().ok
 
 
-def test_the_examples_of_the_guide_run(tmp_path, monkeypatch):
-    """Each begins where the one before ended: those that save save a later step, those that load find it."""
+Names = dict[str, Any]  # what an example is given and what it assigns
+
+
+def saves_only_what_changed(names: Names) -> None:
+    saved = [names["manager"].save(names["state"], step) for step in (900, 901)]
+    assert [info.full for info in saved] == [True, False]
+
+
+def loads_the_newest(names: Names) -> None:
+    saved = torch.full((4, 4), 800.0)
+    assert names["info"].step == 800
+    assert torch.equal(names["model"]["encoder"].weight, saved)
+    assert torch.equal(names["state"]["model"]["encoder.weight"], saved)
+
+
+def keeps_the_last_and_the_pinned(names: Names) -> None:
+    assert [info.step for info in names["manager"].list()] == [500, 700, 800, 900]
+
+
+# What each example of the guide leaves, in their order.
+LEAVES = (saves_only_what_changed, loads_the_newest, keeps_the_last_and_the_pinned)
+
+
+def test_what_each_example_of_the_guide_leaves_is_known():
+    assert len(code_blocks(ROOT / "docs" / "GUIDE.md", "python")) == len(LEAVES)
+
+
+@pytest.mark.parametrize("check", LEAVES)
+def test_an_example_of_the_guide_does_what_it_shows(check, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    example = code_blocks(ROOT / "docs" / "GUIDE.md", "python")[LEAVES.index(check)]
     model = torch.nn.ModuleDict({"encoder": torch.nn.Linear(4, 4), "head": torch.nn.Linear(4, 2)})
-    blocks = code_blocks(ROOT / "docs" / "GUIDE.md", "python")
-    with dt.CheckpointManager("checkpoints/", keep_last_n=None) as before:
-        before.save({"model": model}, 500)
-    for step, block in enumerate(blocks, 501):
-        with dt.CheckpointManager("checkpoints/") as manager:
-            known = {"dt": dt, "manager": manager, "state": {"model": model}, "step": step}
-            exec(block, known)
-        known["manager"].close()
-    with dt.CheckpointManager("checkpoints/") as after:
-        # The last of them shows how to keep, so it has saved.
-        assert [info.step for info in after.list()] == [500, 500 + len(blocks)]
+    with dt.CheckpointManager("checkpoints/", keep_last_n=None) as manager, torch.no_grad():
+        for step in (500, 600, 700, 800):
+            model["encoder"].weight.fill_(step)
+            manager.save({"model": model}, step)
+        model["encoder"].weight.zero_()
+        names = {"dt": dt, "manager": manager, "model": model, "state": {"model": model}, "step": 900}
+        exec(example, names)
+        with names["manager"]:
+            check(names)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=relative)

@@ -63,6 +63,7 @@ def calls_of_a_save() -> list[tuple[str, str]]:
         return backend.calls[before:]
 
 
+# Made when the tests are collected, for they are one for each of these calls: which there are only a real save tells.
 CALLS = calls_of_a_save()
 COMMIT = CALLS.index(("create", "model/commits/0002-00000002.json")) + 1
 
@@ -85,7 +86,7 @@ def test_a_kill_before_any_call_loses_nothing_committed(tmp_path, nth):
     assert load_newest(LocalBackend(tmp_path)) == 3
 
 
-def test_the_save_that_is_killed_loads_straight_into_place_before():
+def test_the_calls_that_are_killed_include_reads_straight_into_place():
     assert "read_chunks" in {operation for operation, _ in CALLS}
 
 

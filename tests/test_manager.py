@@ -79,9 +79,9 @@ def test_where_all_is_damaged_the_error_carries_the_damage(tmp_path):
             path.write_bytes(path.read_bytes()[:-1])
         (tmp_path / "model/commits/0001-00000003.json").write_bytes(b"{}")
         for load in (lambda: manager.load({"w": torch.zeros(6)}), manager.load_checkpoint):
-            going_on = pytest.warns(RuntimeWarning, match="passed over")
+            passed_over = pytest.warns(RuntimeWarning, match="passed over")
             with (
-                going_on,
+                passed_over,
                 pytest.raises(CorruptCheckpoint, match="no checkpoint called model can be loaded") as caught,
             ):
                 load()

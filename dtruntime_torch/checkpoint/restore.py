@@ -18,6 +18,7 @@ from dtruntime_torch.checkpoint.arguments import LoadOptions, check_keys
 from dtruntime_torch.checkpoint.loading.commit_choice import CommitChoice, OnDamage
 from dtruntime_torch.checkpoint.loading.contents import read_alone, survey_contents
 from dtruntime_torch.checkpoint.loading.load_plan import SavedState, lies_in, select, whole_specs
+from dtruntime_torch.checkpoint.loading.load_round import Touched
 from dtruntime_torch.checkpoint.loading.load_together import HALF_FILLED, LoadOutcome, LoadTogether
 from dtruntime_torch.checkpoint.loading.targets import Wanted, build_state
 from dtruntime_torch.errors import (
@@ -64,7 +65,7 @@ def load(
         CheckpointMismatch: names, shapes or dtypes differ from the state's.
         LoadFailed: ranks failed for other reasons. Where all of them raised one error of ours, it is raised as such.
     """
-    choice, touched = CommitChoice(backend, name, on_damage), set[str]()
+    choice, touched = CommitChoice(backend, name, on_damage), Touched()
 
     def attempt(number: int) -> LoadOutcome | None:
         with _telling_what_is_touched(touched):
@@ -125,17 +126,17 @@ def _until_loaded(choice: CommitChoice, speaks: bool, attempt: Callable[[int], R
 
 
 @contextmanager
-def _telling_what_is_touched(touched: Collection[str]) -> Iterator[None]:
+def _telling_what_is_touched(touched: Touched) -> Iterator[None]:
     """Says in an error of the body that the state is half filled, if it is."""
     try:
         yield
     except CheckpointNotFound as error:
-        if not touched:
+        if not touched.on_any_rank:
             raise
         # Whoever begins anew where there is no checkpoint must not do so with this state.
         raise LoadFailed(f"{error}; {HALF_FILLED}") from error
     except DTRuntimeError as error:
-        if touched and HALF_FILLED not in str(error):
+        if touched.on_any_rank and HALF_FILLED not in str(error):
             error.args = (f"{error}; {HALF_FILLED}", *error.args[1:])
         raise
 

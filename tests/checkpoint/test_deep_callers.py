@@ -8,6 +8,8 @@ import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
+import pytest
+
 from dtruntime_torch.checkpoint import objects
 from dtruntime_torch.checkpoint.manifest import decode_manifest, encode_manifest
 from tests.checkpoint.record_builders import sample_manifest
@@ -59,10 +61,8 @@ def test_a_sound_manifest_is_not_called_damaged():
     check(outcomes(lambda: decode_manifest(data, "a manifest")), MANIFEST)
 
 
-def test_a_value_of_a_codec_is_not_called_damaged(monkeypatch):
-    monkeypatch.setattr(objects, "_codecs_by_type", {})
-    monkeypatch.setattr(objects, "_codecs_by_tag", {})
-
+@pytest.mark.usefixtures("own_codecs")
+def test_a_value_of_a_codec_is_not_called_damaged():
     def decode(value: object) -> range:
         return with_frames(20, lambda: range(value))  # type: ignore[call-overload, no-any-return]
 

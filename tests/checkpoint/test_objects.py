@@ -266,9 +266,7 @@ def uuid_from(value: object) -> uuid.UUID:
 
 
 @pytest.fixture
-def uuid_codec(monkeypatch):
-    monkeypatch.setattr(objects, "_codecs_by_type", {})
-    monkeypatch.setattr(objects, "_codecs_by_tag", {})
+def uuid_codec(own_codecs):
     objects.register_codec(uuid.UUID, "uuid.UUID", lambda value: value.bytes, uuid_from)
 
 

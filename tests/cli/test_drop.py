@@ -45,6 +45,12 @@ def test_files_that_another_checkpoint_needs_stay(tmp_path, shelf):
     assert shelf.steps() == [200] and shelf.broken() == []
 
 
+def test_who_uses_the_files_that_stay_is_told(tmp_path, shelf):
+    base, delta = Attempt(1, 100, 1), Attempt(1, 200, 1)
+    result = drop(tmp_path, "model", base.path, "--yes")
+    assert f"model: files of {base.path} stay, used by {delta.path}" in result.stdout.splitlines()
+
+
 def test_without_yes_it_only_says_what_it_would_do(tmp_path, shelf):
     result = drop(tmp_path, "model", Attempt(1, 200, 1).path)
     assert (result.exit_code, result.stdout) == (2, "")

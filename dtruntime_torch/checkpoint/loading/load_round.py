@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,19 @@ from dtruntime_torch.storage.backend import reads_chunks
 logger = logging.getLogger(__name__)
 
 
+@dataclass(slots=True)
+class Touched:
+    """What tries that failed have left in the state.
+
+    Attributes:
+        names: of tensors of this rank that hold bytes of a checkpoint which was not loaded.
+        on_any_rank: whether such tensors are anywhere, so that all ranks end alike.
+    """
+
+    names: set[str] = field(default_factory=set)
+    on_any_rank: bool = False
+
+
 class LoadRound:
     """What one rank makes of the commit that was picked.
 
@@ -48,7 +61,7 @@ class LoadRound:
         members: the ranks that load, this one among them.
         state: to be filled.
         options: what for, checked; the same on all ranks.
-        touched: names of tensors of the state that hold bytes of a checkpoint which was not loaded; added to.
+        touched: by the tries before this one; added to.
 
     Attributes:
         error: what went wrong on this rank.
@@ -61,7 +74,7 @@ class LoadRound:
         members: Membership,
         state: object,
         options: LoadOptions,
-        touched: set[str],
+        touched: Touched,
     ) -> None:
         self._backend = backend
         self._commit = commit
@@ -112,6 +125,7 @@ class LoadRound:
                 "differences": wanted.differences,
                 "missing": wanted.missing,
                 "unexpected": wanted.unexpected,
+                "in_place": bool(self._contents.homes),
                 "node": this_node(),
                 "needs": pack(self._contents.needs),
             }
@@ -122,7 +136,7 @@ class LoadRound:
         wanted = targets.want(saved, self._options.keys)
         lines = [
             f"{fqn}: holds bytes of a newer step that is damaged, and is not in this one"
-            for fqn in targets.left_alone(self._touched)
+            for fqn in targets.left_alone(self._touched.names)
         ]
         return replace(wanted, differences=(*wanted.differences, *lines))
 
@@ -193,7 +207,7 @@ class LoadRound:
 
         def read_home() -> Report:
             if self._reader is not None and self.contents.homes:
-                self._touched.update(self.contents.homes)
+                self._touched.names.update(self.contents.homes)
                 run_sync(read_homes(self._backend, self._reader, self.contents, turn))
             return {"kind": "sound"}
 

@@ -12,7 +12,7 @@ from dtruntime_torch.checkpoint.arguments import LoadOptions
 from dtruntime_torch.checkpoint.info import LoadedCheckpoint
 from dtruntime_torch.checkpoint.loading import load_verdicts
 from dtruntime_torch.checkpoint.loading.commit_choice import CommitChoice
-from dtruntime_torch.checkpoint.loading.load_round import LoadRound
+from dtruntime_torch.checkpoint.loading.load_round import LoadRound, Touched
 from dtruntime_torch.checkpoint.loading.load_verdicts import Report, Verdict
 from dtruntime_torch.checkpoint.manifest import Commit
 from dtruntime_torch.checkpoint.names import CommitKey
@@ -58,12 +58,12 @@ class LoadTogether:
         self._key = key
         self._options = options
 
-    def load(self, state: object, touched: set[str]) -> LoadOutcome | None:
+    def load(self, state: object, touched: Touched) -> LoadOutcome | None:
         """Fills a state from the commit that the leader picks.
 
         Args:
             state: to be filled.
-            touched: names of tensors of it that hold bytes of a checkpoint which was not loaded; added to.
+            touched: of it, by the tries before this one; added to.
 
         Returns:
             None if another commit has to be tried: this one has vanished, or all agree that it is damaged.
@@ -91,14 +91,12 @@ class LoadTogether:
                 if go("divide", lambda: this.learn_shares(survey["nodes"])) is None:
                     return None
                 this.make_memory(self._key)
+            if go("read", this.read) is None or go("check", this.check) is None:
+                return None
+            touched.on_any_rank |= survey["in_place"]
             turn = tuple(survey["turns"][self._members.rank])
-            for stage, step in (
-                ("read", this.read),
-                ("check", this.check),
-                ("home", lambda: this.read_home(turn)),
-            ):
-                if go(stage, step) is None:
-                    return None
+            if go("home", lambda: this.read_home(turn)) is None:
+                return None
             self._fill(this)
         finally:
             # An error that is kept keeps this frame.

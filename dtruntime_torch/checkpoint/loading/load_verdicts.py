@@ -60,8 +60,8 @@ def judge_surveys(
 ) -> Verdict:
     """Decides, once all have compared their states with the checkpoint, whether it is read, and who shares what.
 
-    A sound report has `differences`, `missing` and `unexpected` as `Wanted` has them, `node` and `needs`. A verdict
-    "go" has `missing`, `unexpected`; `turns`: for each rank, which of how many of its node it is; and `nodes`: for each
+    A sound report has `differences`, `missing` and `unexpected` as `Wanted` has them, `in_place`, `node` and `needs`. A
+    verdict "go" has `missing`, `unexpected`; `in_place`: whether any rank reads straight into its tensors; `turns`: for each rank, which of how many of its node it is; and `nodes`: for each
     node whose ranks need something in common `ranks` and their `needs`, one entry if all have the same.
     """
     verdict = judge(what, reports, is_committed)
@@ -92,6 +92,7 @@ def judge_surveys(
         **verdict,
         "missing": missing,
         "unexpected": unexpected,
+        "in_place": any(report["in_place"] for report in reports),
         "turns": [turns[rank] for rank in range(len(reports))],
         "nodes": _nodes(by_node.values(), reports),
     }

@@ -110,6 +110,15 @@ def test_why_files_stay_is_told_of_each_attempt_without_a_manifest_that_a_delta_
     assert len(told) == len(set(told))
 
 
+def test_of_many_deltas_that_use_an_attempt_three_are_named_and_the_others_counted():
+    shelf = Shelf(MemoryBackend())
+    base = shelf.put(1, 1)
+    first, second, third, _ = (shelf.put(1, step, base) for step in (2, 3, 4, 5))
+    (told,) = prune(shelf, RetentionPolicy(4)).in_use
+    named = f"{first.path}, {second.path}, {third.path}"
+    assert told == f"files of {base.path} stay, used by {named} and 1 more"
+
+
 @given(shelves(), policies)
 def test_a_second_prune_finds_nothing_to_do(shelf, policy):
     prune(shelf, policy)

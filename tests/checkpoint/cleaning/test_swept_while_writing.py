@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,8 @@ class Halting(SystemCalls):
         self._temporary = ""
 
     def write_file(self, path: str, data: Sequence[memoryview]) -> None:
-        self._left -= "/step-00000002/" in path
+        if "/step-00000002/" in path:
+            self._left -= 1
         if self._left or self._temporary:
             super().write_file(path, data)
             return
@@ -69,16 +71,21 @@ def manager_on(storage: Path | LocalBackend, **options: object) -> dt.Checkpoint
     return dt.CheckpointManager(storage, chunk_bytes=CHUNK, **kept)  # type: ignore[arg-type]
 
 
+@contextmanager
 def halted(
     folder: Path, disk: Halting, *before: int, **options: object
-) -> tuple[dt.CheckpointManager, dt.SaveHandle]:
+) -> Iterator[tuple[dt.CheckpointManager, dt.SaveHandle]]:
     """A job that has saved some steps and is held up in the writing of step 2."""
-    first = manager_on(LocalBackend(folder, calls=disk), **options)
-    for step in before:
-        first.save(state_of(step), step)
-    handle = first.save_async(state_of(2), 2)
-    assert disk.reached.wait(PATIENCE)
-    return first, handle
+    with manager_on(LocalBackend(folder, calls=disk), **options) as first:
+        for step in before:
+            first.save(state_of(step), step)
+        handle = first.save_async(state_of(2), 2)
+        try:
+            assert disk.reached.wait(PATIENCE)
+            yield first, handle
+        finally:
+            # A test that fails before it lets the job go on would else wait for that in the close.
+            disk.go_on.set()
 
 
 def replace_first(folder: Path, disk: Halting) -> dt.CheckpointManager:
@@ -97,7 +104,9 @@ def left_of(folder: Path, attempt: str) -> list[str]:
     return [entry.path for entry in entries]
 
 
-def check_both_go_on(folder: Path, first: dt.CheckpointManager, second: dt.CheckpointManager) -> None:
+def check_second_replaced_first(
+    folder: Path, first: dt.CheckpointManager, second: dt.CheckpointManager
+) -> None:
     """What the second has saved is there, and nothing of the first's; the second saves, and the first is told who does."""
     storage = LocalBackend(folder)
     assert check_sound(storage) == [2]
@@ -117,36 +126,35 @@ def test_who_is_swept_while_its_file_is_on_its_way_is_told_that_the_file_was_del
     tmp_path, nth, place, delta
 ):
     disk = Halting(nth, place)
-    first, handle = halted(tmp_path, disk, 1, delta=delta)
-    with replace_first(tmp_path, disk) as second:
+    with halted(tmp_path, disk, 1, delta=delta) as (first, handle), replace_first(tmp_path, disk) as second:
         with pytest.raises(SaveFailed, match=r"0001-1/shard-00000-of-00001\.\w+: .*It was deleted meanwhile"):
             handle.result()
-        check_both_go_on(tmp_path, first, second)
+        check_second_replaced_first(tmp_path, first, second)
 
 
 @pytest.mark.parametrize("nth", [DATA, PART], ids=["data", "part"])
 def test_who_would_try_again_is_told_who_replaced_it(tmp_path, nth):
     disk = Halting(nth, "half")
-    first, handle = halted(tmp_path, disk, 1, retry=dt.RetryPolicy(attempts=3, initial=0.0))
-    with replace_first(tmp_path, disk) as second:
+    with (
+        halted(tmp_path, disk, 1, retry=dt.RetryPolicy(attempts=3, initial=0.0)) as (first, handle),
+        replace_first(tmp_path, disk) as second,
+    ):
         with pytest.raises(CommitConflict, match="was replaced by generation 2"):
             handle.result()
-        check_both_go_on(tmp_path, first, second)
+        check_second_replaced_first(tmp_path, first, second)
 
 
 def test_who_is_swept_between_two_of_its_files_loses_its_commit(tmp_path):
     disk = Halting(PART, "before")
-    first, handle = halted(tmp_path, disk, 1)
-    with replace_first(tmp_path, disk) as second:
+    with halted(tmp_path, disk, 1) as (first, handle), replace_first(tmp_path, disk) as second:
         with pytest.raises(CommitConflict, match="is void: a later job swept it; load the newest"):
             handle.result()
-        check_both_go_on(tmp_path, first, second)
+        check_second_replaced_first(tmp_path, first, second)
 
 
 def test_who_has_no_file_yet_when_others_are_swept_commits_and_is_the_older(tmp_path):
     disk = Halting(DATA, "before")
-    _, handle = halted(tmp_path, disk, 1, keep_last_n=None)
-    with replace_first(tmp_path, disk) as second:
+    with halted(tmp_path, disk, 1, keep_last_n=None) as (_, handle), replace_first(tmp_path, disk) as second:
         assert handle.result().generation == 1
         assert check_sound(LocalBackend(tmp_path)) == [2, 2]
         second.save(state_of(3), 3)
@@ -158,11 +166,10 @@ def test_a_delta_that_has_no_file_yet_when_its_parent_is_pruned_is_not_saved_in_
     tmp_path, nth
 ):
     disk = Halting(nth, "before")
-    first, handle = halted(tmp_path, disk, 1, delta=True)
-    with replace_first(tmp_path, disk) as second:
+    with halted(tmp_path, disk, 1, delta=True) as (first, handle), replace_first(tmp_path, disk) as second:
         with pytest.raises(CommitConflict, match="was replaced by generation 2"):
             handle.result()
-        check_both_go_on(tmp_path, first, second)
+        check_second_replaced_first(tmp_path, first, second)
 
 
 @pytest.mark.parametrize("delta", [False, True], ids=["full", "delta"])
@@ -170,8 +177,10 @@ def test_a_delta_that_has_no_file_yet_when_its_parent_is_pruned_is_not_saved_in_
 @pytest.mark.parametrize("nth", [DATA, PART], ids=["data", "part"])
 def test_a_prune_beside_a_job_that_writes_leaves_that_alone(tmp_path, nth, place, delta):
     disk = Halting(nth, place)
-    first, handle = halted(tmp_path, disk, 0, 1, keep_last_n=None, delta=delta)
-    with manager_on(tmp_path) as other:
+    with (
+        halted(tmp_path, disk, 0, 1, keep_last_n=None, delta=delta) as (first, handle),
+        manager_on(tmp_path) as other,
+    ):
         assert [key.step for key in other.prune().commits] == [0]
         disk.go_on.set()
         assert handle.result().full != delta
@@ -185,12 +194,12 @@ def test_a_prune_beside_a_job_that_writes_leaves_that_alone(tmp_path, nth, place
 @pytest.mark.parametrize("nth", [DATA, PART], ids=["data", "part"])
 def test_a_delta_whose_parent_is_dropped_while_it_is_written_becomes_a_full_save(tmp_path, nth, place):
     disk = Halting(nth, place)
-    first, handle = halted(tmp_path, disk, 1, delta=True)
-    dropped = run_sync(Cleaner(LocalBackend(tmp_path), "model").drop(Attempt(1, 1, 1)))
-    assert dropped.commits == (CommitKey(1, 1),)
-    disk.go_on.set()
-    info = handle.result()
-    assert info.full and info.path.endswith("0001-2") and left_of(tmp_path, ATTEMPT) == []
-    assert check_sound(LocalBackend(tmp_path)) == [2]
-    assert not first.save(state_of(3), 3).full
-    assert check_sound(LocalBackend(tmp_path)) == [3]
+    with halted(tmp_path, disk, 1, delta=True) as (first, handle):
+        dropped = run_sync(Cleaner(LocalBackend(tmp_path), "model").drop(Attempt(1, 1, 1)))
+        assert dropped.commits == (CommitKey(1, 1),)
+        disk.go_on.set()
+        info = handle.result()
+        assert info.full and info.path.endswith("0001-2") and left_of(tmp_path, ATTEMPT) == []
+        assert check_sound(LocalBackend(tmp_path)) == [2]
+        assert not first.save(state_of(3), 3).full
+        assert check_sound(LocalBackend(tmp_path)) == [3]

@@ -7,6 +7,7 @@ import os
 import threading
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,12 +19,13 @@ from dtruntime_torch.checkpoint.loading import contents, node_memory, placement
 from dtruntime_torch.checkpoint.loading.load_together import HALF_FILLED
 from dtruntime_torch.checkpoint.saving.delta import DeltaPolicy
 from dtruntime_torch.errors import DTRuntimeError, LoadFailed
-from dtruntime_torch.storage import MemoryBackend
+from dtruntime_torch.storage import LocalBackend, MemoryBackend
 from dtruntime_torch.storage.backend import StorageBackend
-from dtruntime_torch.testing.faulty_backend import FaultyBackend, flipped, not_done, truncated
+from dtruntime_torch.testing.faulty_backend import Fault, FaultyBackend, flipped, not_done, truncated
 from tests.checkpoint.thread_ranks import RUN_ID, Rank, make_ranks, together
 
 State = dict[str, torch.Tensor]
+FAILURES = [not_done(), truncated(100)]  # of a read: it fails, or ends short
 
 
 class CountingBackend(MemoryBackend):
@@ -242,28 +244,48 @@ def test_reads_that_end_short_are_damage_on_all(backend: FaultyBackend) -> None:
     assert all(same(state, 1.0) for state in states)
 
 
-@pytest.mark.parametrize("fault", [not_done(), truncated(100)])
-def test_a_read_that_fails_once_fails_the_load_on_all_and_damages_no_name(
-    fault, backend: FaultyBackend, data_read: str
-) -> None:
+def fail_one_read(
+    backend: FaultyBackend, operation: str, fault: Fault
+) -> tuple[list[Rank], list[State], str]:
+    """Loads on two ranks when one read of data fails; returns the ranks, their states, and the error that both raised."""
     ranks = saved(backend, 2, 1.0)
-    backend.when(data_read, "*.safetensors", fault, nth=2)
+    backend.when(operation, "*.safetensors", fault, nth=2)
     states = [model() for _ in ranks]
     results = load(ranks, states)
     assert all(isinstance(result, DTRuntimeError) for result in results)
-    assert len({str(result) for result in results}) == 1 and "rank" in str(results[0])
-    if data_read == "read_range":
-        assert all(same(state, 0.0) for state in states)
-    else:
-        assert HALF_FILLED in str(results[0])
+    (told,) = {str(result) for result in results}
+    return ranks, states, told
+
+
+@pytest.mark.parametrize("fault", FAILURES)
+def test_a_read_that_fails_once_fails_the_load_on_all_and_damages_no_name(
+    fault: Fault, backend: FaultyBackend, data_read: str
+) -> None:
+    ranks, states, told = fail_one_read(backend, data_read, fault)
+    assert "rank" in told
     assert all(isinstance(result, CheckpointInfo) for result in load(ranks, states))
     assert all(same(state, 1.0) for state in states)
 
 
+@pytest.mark.parametrize("fault", FAILURES)
+def test_a_failed_read_that_goes_beside_the_state_leaves_that_as_it_is(fault: Fault) -> None:
+    _, states, _ = fail_one_read(FaultyBackend(MemoryBackend()), "read_range", fault)
+    assert all(same(state, 0.0) for state in states)
+
+
+@pytest.mark.parametrize("fault", FAILURES)
+def test_a_failed_read_that_goes_straight_into_place_tells_that_the_state_is_half_filled(
+    fault: Fault, tmp_path: Path
+) -> None:
+    _, _, told = fail_one_read(FaultyBackend(LocalBackend(tmp_path)), "read_chunks", fault)
+    assert HALF_FILLED in told
+
+
 def test_a_flipped_bit_in_what_a_read_brings_is_found(backend: FaultyBackend, data_read: str) -> None:
     ranks = saved(backend, 1, 1.0, 2.0)
-    header = 1 if data_read == "read_range" else 0
-    backend.when(data_read, "*/step-00000002/*.safetensors", flipped(-1), nth=header + 1)
+    # `read_range` brings the header of the file first and then its data; `read_chunks` brings only data.
+    first_of_data = 2 if data_read == "read_range" else 1
+    backend.when(data_read, "*/step-00000002/*.safetensors", flipped(-1), nth=first_of_data)
     states = [model()]
     with pytest.warns(RuntimeWarning, match="damaged"):
         load(ranks, states)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import warnings
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
 from dtruntime_torch.checkpoint.info import CheckpointInfo
+from dtruntime_torch.checkpoint.loading.load_together import HALF_FILLED
 from dtruntime_torch.errors import BarrierTimeout, InvalidArgument, LoadFailed
-from dtruntime_torch.storage import MemoryBackend
+from dtruntime_torch.storage import LocalBackend, MemoryBackend
 from dtruntime_torch.storage.backend import StorageBackend
-from dtruntime_torch.testing.faulty_backend import flipped
+from dtruntime_torch.testing.faulty_backend import Call, FaultyBackend, flipped
 from tests.checkpoint.thread_ranks import Rank, make_ranks, together
 
 
@@ -37,6 +39,41 @@ def test_damage_that_one_rank_meets_sends_all_to_the_step_before(backend, data_r
         results = load(ranks, states)
     assert [result.step for result in results if isinstance(result, CheckpointInfo)] == [1, 1]
     assert all((tensor == 1).all() for state in states for tensor in state.values())
+
+
+def test_a_commit_that_vanishes_from_under_one_rank_ends_the_load_alike_on_all(tmp_path: Path) -> None:
+    """Nobody may begin anew while others hold half of a state; only rank 0 has a tensor to read into."""
+    backend = FaultyBackend(LocalBackend(tmp_path))
+    ranks = make_ranks(2, backend)
+    states: list[dict[str, object]] = [{"w": torch.ones(5000), "n": 1}, {"n": 1}]
+    saves = [partial(rank.save, state, 1) for rank, state in zip(ranks, states, strict=True)]
+    assert all(isinstance(result, CheckpointInfo) for result in together(*saves))
+
+    async def vanish(call: Call) -> object:
+        await backend.delete("model/commits/0001-00000001.json")
+        await backend.delete(call.path)
+        return await call.proceed()
+
+    backend.when("read_chunks", "*", vanish)
+    fresh: list[dict[str, object]] = [{"w": torch.zeros(5000), "n": 0}, {"n": 0}]
+    results = together(*[partial(rank.load, state) for rank, state in zip(ranks, fresh, strict=True)])
+    assert [type(result) for result in results] == [LoadFailed, LoadFailed], results
+    assert all(HALF_FILLED in str(result) for result in results)
+
+
+def test_an_error_of_a_state_that_no_text_can_hold_reaches_all_ranks() -> None:
+    class Odd:
+        def state_dict(self) -> dict[str, object]:
+            return {"n": 1}
+
+        def load_state_dict(self, state: object) -> None:
+            raise ValueError("bad name \udcff")
+
+    ranks = make_ranks(2, MemoryBackend())
+    together(*[partial(rank.save, {"odd": Odd()}, 1) for rank in ranks])
+    results = together(*[partial(rank.load, {"odd": Odd()}) for rank in ranks])
+    assert [type(result) for result in results] == [LoadFailed, LoadFailed], results
+    assert "bad name" in str(results[0])
 
 
 def test_warnings_that_are_errors_leave_no_rank_behind(backend, data_read):

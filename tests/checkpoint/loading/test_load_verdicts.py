@@ -16,6 +16,7 @@ def sound(**more: object) -> dict[str, object]:
         "differences": [],
         "missing": [],
         "unexpected": [],
+        "in_place": False,
         "node": "one",
         "needs": [0, 0, 1, 0, 1],
         **more,

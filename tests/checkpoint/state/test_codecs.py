@@ -238,9 +238,7 @@ class Config(dict):  # type: ignore[type-arg]
 
 
 @pytest.fixture
-def taught(monkeypatch):
-    monkeypatch.setattr(objects, "_codecs_by_type", dict(objects._codecs_by_type))
-    monkeypatch.setattr(objects, "_codecs_by_tag", dict(objects._codecs_by_tag))
+def taught(own_codecs):
     dt.register_codec(Rate, "tests.Rate", lambda rate: rate.value, lambda value: Rate(float(str(value))))
     dt.register_codec(Config, "tests.Config", dict, lambda value: Config(value))  # type: ignore[call-overload]
 
