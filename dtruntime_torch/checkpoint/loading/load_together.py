@@ -25,6 +25,9 @@ from dtruntime_torch.errors import (
 )
 from dtruntime_torch.membership import Membership
 
+# The meetings of a try, in their order; those of a node's memory among them.
+_STAGES = ("survey", "divide", "made", "attached", "read", "check", "home", "fill")
+
 HALF_FILLED = "tensors of the state hold bytes of what could not be loaded: load something else into them, or build them anew"
 
 
@@ -57,6 +60,7 @@ class LoadTogether:
         self._barrier = members.barrier
         self._key = key
         self._options = options
+        self._stage = _STAGES[0]
 
     def load(self, state: object, touched: Touched) -> LoadOutcome | None:
         """Fills a state from the commit that the leader picks.
@@ -68,6 +72,16 @@ class LoadTogether:
         Returns:
             None if another commit has to be tried: this one has vanished, or all agree that it is damaged.
         """
+        try:
+            return self._load(state, touched)
+        except Exception:
+            raise  # which all hear of
+        except BaseException as interrupt:
+            for stage in _STAGES[_STAGES.index(self._stage) :]:
+                self._barrier.decline(f"{self._key}/{stage}", interrupt)
+            raise
+
+    def _load(self, state: object, touched: Touched) -> LoadOutcome | None:
         commit, newest, options = self._pick()
         what = f"step {commit.step} of {commit.name}"
         this = LoadRound(self._choice.backend, commit, self._members, state, options, touched)
@@ -125,6 +139,7 @@ class LoadTogether:
         self, stage: str, step: Callable[[], Report], judge: Callable[[Sequence[Report]], Verdict]
     ) -> Verdict:
         """Does a step, and hears what the leader makes of how it went on all ranks."""
+        self._stage = stage
         key = f"{self._key}/{stage}"
         with declining(self._barrier, key):
             report = load_verdicts.encode(step())
@@ -149,6 +164,7 @@ class LoadTogether:
 
     def _fill(self, this: LoadRound) -> None:
         """Fills the state on all ranks; returns when all have succeeded."""
+        self._stage = "fill"
         key = f"{self._key}/fill"
         with declining(self._barrier, key):
             message = this.fill().encode(errors="backslashreplace")

@@ -101,6 +101,24 @@ def test_an_interrupted_rank_ends_the_load_on_all(odd, monkeypatch):
 
 
 @pytest.mark.parametrize("odd", [0, 1])
+@pytest.mark.parametrize("stage", ["survey", "read", "check", "home"])
+def test_a_rank_that_is_interrupted_while_it_waits_keeps_none_waiting(odd, stage, monkeypatch, tmp_path):
+    ranks, states = two_steps(LocalBackend(tmp_path))
+    barrier, method = ranks[odd].members.barrier, "_follow" if odd else "_lead"
+    wait = getattr(barrier, method)
+
+    def interrupted(key: str, *more: object) -> bytes:
+        if key.endswith(stage):
+            raise KeyboardInterrupt
+        return wait(key, *more)
+
+    monkeypatch.setattr(barrier, method, interrupted)
+    results = load(ranks, states)
+    assert isinstance(results[odd], KeyboardInterrupt)
+    assert isinstance(results[1 - odd], Exception) and not isinstance(results[1 - odd], BarrierTimeout)
+
+
+@pytest.mark.parametrize("odd", [0, 1])
 def test_a_state_that_one_rank_cannot_fill_is_filled_on_none(odd):
     class Refusing:
         def state_dict(self) -> dict[str, object]:
