@@ -166,7 +166,8 @@ class _Collector:
 
     def _add_object(self, node: Node, index: int) -> None:
         self._values[node.fqn] = objects.encode(node.value, where=node.fqn)
-        self._object_specs.append(ObjectSpec(node.fqn, node.path, index, node.per_rank))
+        is_empty = isinstance(node.value, dict) and not node.value
+        self._object_specs.append(ObjectSpec(node.fqn, node.path, index, node.per_rank, is_empty))
 
 
 def tensor_of(data: bytes) -> torch.Tensor:

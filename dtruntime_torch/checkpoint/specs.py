@@ -93,12 +93,21 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class ObjectSpec:
-    """A leaf that is no tensor, as one rank holds it; its value is not part of the structure."""
+    """A leaf that is no tensor, as one rank holds it; its value is not part of the structure.
+
+    Attributes:
+        fqn: its name in the state.
+        path: the way to it through the containers of the state.
+        index: its position among all leaves of the state.
+        per_rank: it is meant to differ by rank, and each rank writes its own.
+        is_empty: it is a dict without anything in it, as the state of an optimizer before its first step.
+    """
 
     fqn: str
     path: Path
     index: int
     per_rank: bool = False
+    is_empty: bool = False
 
 
 @dataclass(frozen=True, slots=True)

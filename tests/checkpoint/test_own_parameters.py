@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dtruntime_torch.checkpoint.info import CheckpointInfo
+from dtruntime_torch.checkpoint.restore import load_fresh
 from dtruntime_torch.errors import CheckpointMismatch
 from dtruntime_torch.storage import MemoryBackend
 from tests.checkpoint.thread_ranks import Rank, make_ranks, together
@@ -91,3 +92,79 @@ def test_the_state_of_parameters_that_nobody_has_is_unexpected() -> None:
         alone.load(state_of((model, optimizer)))
     alone.load(state_of((model, optimizer)), strict=False)
     assert len(optimizer.state) == len(list(model.parameters()))
+
+
+def test_a_rank_whose_optimizer_has_no_state_yet_saves_and_resumes_with_others_that_have() -> None:
+    """A frozen stage, or an expert that had nothing to do."""
+    backend = MemoryBackend()
+    ranks, pairs = make_ranks(2, backend), [make(rank) for rank in (0, 1)]
+    train(*pairs[1], seed=1)
+    for parameter in pairs[1][0].get_submodule("shared").parameters():
+        del pairs[1][1].state[parameter]
+    save(ranks, pairs, 1)
+    fresh = [make(rank) for rank in (0, 1)]
+    load(ranks, fresh)
+    assert not fresh[0][1].state
+    assert len(fresh[1][1].state) == 2
+    whole = load_fresh(backend, "model", 1, 0)
+    assert isinstance(whole, dict) and whole["optimizer"]["state"].keys() == {
+        "expert1.weight",
+        "expert1.bias",
+    }
+
+
+def test_an_empty_dict_of_one_rank_takes_what_the_other_had_in_it() -> None:
+    ranks = make_ranks(2, MemoryBackend())
+    states: list[State] = [{"m": {}}, {"m": {"a": torch.ones(3)}}]
+    results = together(*[partial(r.save, s, 1) for r, s in zip(ranks, states, strict=True)])
+    assert all(isinstance(result, CheckpointInfo) for result in results), results
+    fresh: list[State] = [{"m": {}}, {"m": {"a": torch.zeros(3)}}]
+    results = together(*[partial(r.load, s) for r, s in zip(ranks, fresh, strict=True)])
+    assert all(isinstance(result, CheckpointInfo) for result in results), results
+    for state in fresh:
+        assert isinstance(state["m"], dict) and torch.equal(state["m"]["a"], torch.ones(3))
+
+
+def test_a_group_all_of_whose_parameters_are_here_in_other_groups_is_not_unexpected() -> None:
+    backend = MemoryBackend()
+    model = nn.ModuleDict({"shared": nn.Linear(2, 2)})
+    two = [make(0), (model, torch.optim.AdamW(model.parameters(), lr=0.1))]
+    for pair in two:
+        train(*pair, seed=1)
+    save(make_ranks(2, backend), two, 1)
+    alone = make(0)
+    load(make_ranks(1, backend), [alone])
+    assert len(alone[1].state) == len(list(alone[0].parameters()))
+
+
+def test_groups_without_parameters_are_matched_by_position() -> None:
+    """A frozen backbone, split into what decays and what does not."""
+
+    def make_split(*lrs: float) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = nn.Linear(2, 2)
+        groups = [
+            {"params": [], "lr": lrs[0]},
+            {"params": list(model.parameters())},
+            {"params": [], "lr": lrs[1]},
+        ]
+        return model, torch.optim.AdamW(groups, lr=0.1)
+
+    ranks = make_ranks(1, MemoryBackend())
+    save(ranks, [make_split(0.5, 0.7)], 1)
+    fresh = make_split(9.0, 9.0)
+    load(ranks, [fresh])
+    assert [group["lr"] for group in fresh[1].param_groups] == [0.5, 0.1, 0.7]
+
+
+def test_options_in_another_order_are_the_same_options() -> None:
+    backend = MemoryBackend()
+
+    def with_groups(rank: int, **options: float) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = nn.ModuleDict({f"stage{rank}": nn.Linear(2, 2)})
+        return model, torch.optim.SGD(
+            [{"params": list(model.parameters()), **options}], lr=0.1, weight_decay=0.2
+        )
+
+    save(make_ranks(2, backend), [with_groups(0), with_groups(1, weight_decay=0.2)], 1)
+    model = nn.ModuleDict({f"stage{rank}": nn.Linear(2, 2) for rank in (0, 1)})
+    load(make_ranks(1, backend), [(model, torch.optim.SGD(model.parameters(), lr=9.0))])

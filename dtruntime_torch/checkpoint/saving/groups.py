@@ -74,6 +74,7 @@ def signature(specs: FlatSpecs) -> str:
                 [[step.container, objects.encode(step.key, leaf.fqn)] for step in leaf.path],
                 leaf.index,
                 leaf.per_rank,
+                leaf.is_empty,
             ]
             for leaf in specs.objects
         ],
@@ -194,6 +195,7 @@ def _pack(specs: FlatSpecs) -> bytes:
                 "path": path_to_json(leaf.path),
                 "index": leaf.index,
                 "per_rank": leaf.per_rank,
+                "is_empty": leaf.is_empty,
             }
             for leaf in specs.objects
         ],
@@ -261,7 +263,13 @@ def _tensor_from(fields: Fields) -> TensorSpec:
 
 def _object_from(fields: Fields) -> ObjectSpec:
     fqn = _text(fields.json("fqn"))
-    return ObjectSpec(fqn, path_from(fields), fields.integer("index"), fields.boolean("per_rank"))
+    return ObjectSpec(
+        fqn,
+        path_from(fields),
+        fields.integer("index"),
+        fields.boolean("per_rank"),
+        fields.boolean("is_empty"),
+    )
 
 
 def _text(encoded: Json) -> str:

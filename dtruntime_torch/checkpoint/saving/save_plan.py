@@ -83,7 +83,10 @@ def make_save_plan(
 
 
 def _check_nesting(groups: Mapping[str, FlatSpecs], members: Mapping[str, Ranks]) -> None:
-    """Refuses a place that is a leaf on some ranks, and a container of leaves on others: no state can be both."""
+    """Refuses a place that is a leaf on some ranks, and a container of leaves on others: no state can be both.
+
+    But for an empty dict, which gives way where others hold something in it.
+    """
     at: dict[tuple[Hashable, ...], list[tuple[str, TensorSpec | ObjectSpec]]] = defaultdict(list)
     for signature, specs in groups.items() if len(groups) > 1 else ():
         for spec in (leaf for of_kind in specs for leaf in of_kind):
@@ -91,9 +94,10 @@ def _check_nesting(groups: Mapping[str, FlatSpecs], members: Mapping[str, Ranks]
             # Groups of an optimizer are told apart by names, whatever their position.
             if spec.fqn == ".".join(map(str, way)):
                 at[way].append((signature, spec))
+    solid = {way: [(s, spec) for s, spec in held if not _is_empty(spec)] for way, held in at.items()}
     for way, inside in at.items():
         for depth in range(len(way)):
-            outside = at.get(way[:depth], [])
+            outside = solid.get(way[:depth], [])
             # Of what differs by rank each reads its own.
             if outside and not all(spec.per_rank for _, spec in (*outside, *inside)):
                 raise _differing_kinds(outside, inside, members)
@@ -262,6 +266,10 @@ def _differing(
     )
 
 
+def _is_empty(spec: TensorSpec | ObjectSpec) -> bool:
+    return isinstance(spec, ObjectSpec) and spec.is_empty
+
+
 def _differing_kinds(
     outside: Sequence[tuple[str, TensorSpec | ObjectSpec]],
     inside: Sequence[tuple[str, TensorSpec | ObjectSpec]],
@@ -272,7 +280,7 @@ def _differing_kinds(
         for held in (outside, inside)
     )
     return InvalidArgument(
-        f"{leaf} is a value by itself or empty, and has {below} in it. Wrap it in dt.PerRank on all ranks if each is to "
+        f"{leaf} is a value by itself, and has {below} in it. Wrap it in dt.PerRank on all ranks if each is to "
         f"keep its own, or give it different names"
     )
 

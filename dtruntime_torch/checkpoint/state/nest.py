@@ -10,6 +10,7 @@ import torch
 
 from dtruntime_torch.checkpoint.format.records import ObjectEntry
 from dtruntime_torch.checkpoint.loading.load_plan import SavedState, SavedTensor
+from dtruntime_torch.checkpoint.objects import decode
 from dtruntime_torch.checkpoint.specs import Kind, Path
 from dtruntime_torch.errors import CheckpointMismatch
 
@@ -128,6 +129,9 @@ def _way_to(leaf: SavedLeaf) -> tuple[_Step, ...]:
 def _nest(placed: Sequence[_Placed], depth: int, value_of: Callable[[SavedLeaf], object]) -> object:
     if not placed:
         return {}
+    if len(placed) > 1:
+        # Of ranks of which some had nothing in a dict yet.
+        placed = [one for one in placed if len(one.way) > depth or not _is_empty(one.leaf)] or placed[:1]
     if len(placed) == 1 and len(placed[0].way) == depth:
         return value_of(placed[0].leaf)
     if any(len(one.way) == depth for one in placed) or len({one.way[depth].container for one in placed}) > 1:
@@ -147,6 +151,14 @@ def _nest(placed: Sequence[_Placed], depth: int, value_of: Callable[[SavedLeaf],
         )
     elements = [_nest(by_step[step], depth + 1, value_of) for step in steps]
     return tuple(elements) if container == "tuple" else elements
+
+
+def _is_empty(leaf: SavedLeaf) -> bool:
+    """Whether it is a dict without anything in it."""
+    if not isinstance(leaf, ObjectEntry):
+        return False
+    value = decode(leaf.value, leaf.fqn)
+    return isinstance(value, dict) and not value
 
 
 def _no_room(placed: _Placed, depth: int) -> CheckpointMismatch:

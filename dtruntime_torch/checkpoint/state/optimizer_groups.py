@@ -15,7 +15,7 @@ import torch
 from dtruntime_torch.checkpoint import objects
 from dtruntime_torch.checkpoint.format.records import ObjectEntry
 from dtruntime_torch.checkpoint.state.nest import SavedLeaf, name_in_list, nest
-from dtruntime_torch.checkpoint.state.stateful import GROUPS
+from dtruntime_torch.checkpoint.state.stateful import GROUPS, group_name
 from dtruntime_torch.checkpoint.state.wanted import Below
 from dtruntime_torch.errors import CorruptCheckpoint
 
@@ -30,11 +30,13 @@ class SavedGroup:
     """A parameter group of a checkpoint.
 
     Attributes:
+        name: what it is called by; that of one without parameters tells its position.
         below: its leaves.
         params: the names of its parameters.
         options: name -> value, in which a tensor is the leaf that stands for it.
     """
 
+    name: str
     below: Below
     params: tuple[str, ...]
     options: dict[str, object]
@@ -53,15 +55,16 @@ def saved_groups(leaves: Sequence[SavedLeaf], depth: int) -> list[SavedGroup]:
     by_name: dict[str, list[SavedLeaf]] = {}
     for leaf in leaves:
         by_name.setdefault(name_in_list(leaf, depth - 1), []).append(leaf)
-    return [_saved_group(Below(depth, group)) for group in by_name.values()]
+    return [_saved_group(name, Below(depth, group)) for name, group in by_name.items()]
 
 
-def _saved_group(below: Below) -> SavedGroup:
+def _saved_group(name: str, below: Below) -> SavedGroup:
     options = nest(below.leaves, below.depth, _known_value)
     params = options.get("params") if isinstance(options, dict) else None
     if not isinstance(options, dict) or not isinstance(params, list):
         raise CorruptCheckpoint(f"{below.leaves[0].fqn}: this is no parameter group of an optimizer")
     return SavedGroup(
+        name,
         below,
         tuple(map(str, params)),
         {key: value for key, value in options.items() if key not in _MEMBERSHIP},
@@ -83,14 +86,14 @@ def match_groups(
         saved: the groups of the checkpoint.
 
     Returns:
-        For each group the one that was it, or else those that it has parameters of, all with the same options; and
-        what differs.
+        For each group the one that was it, or else those that it has parameters of, all with the same options; one
+        without parameters may have none. And what differs.
     """
-    matches = [_find_groups(names, saved) for names in own]
+    matches = [_find_groups(position, names, saved) for position, names in enumerate(own)]
     differences = []
     for position, (names, groups) in enumerate(zip(own, matches, strict=True)):
         where = f"{fqn}.{GROUPS}[{position}]"
-        if not groups:
+        if names and not groups:
             differences.append(f"{where}: its parameters {_some(names)} are in no group of the checkpoint")
         elif any(not _have_same_options(groups[0], other) for other in groups[1:]):
             differences.append(
@@ -135,14 +138,19 @@ def foreign_options(
     return differences
 
 
-def _find_groups(names: Sequence[str], saved: Sequence[SavedGroup]) -> list[SavedGroup]:
-    same = [group for group in saved if group.params == tuple(names)]
+def _find_groups(position: int, names: Sequence[str], saved: Sequence[SavedGroup]) -> list[SavedGroup]:
+    if not names:
+        return [group for group in saved if group.name == group_name(position, ())]
+    same = [group for group in saved if set(group.params) == set(names)]
     return same or [group for group in saved if not set(group.params).isdisjoint(names)]
 
 
 def _have_same_options(one: SavedGroup, other: SavedGroup) -> bool:
     try:
-        return objects.encode(one.options, "") == objects.encode(other.options, "")
+        first, second = (
+            {key: objects.encode(value, "") for key, value in group.options.items()} for group in (one, other)
+        )
+        return first == second
     except TypeError:
         # What stands for a tensor: its value is not known yet.
         return False

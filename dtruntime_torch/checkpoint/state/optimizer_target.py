@@ -57,12 +57,15 @@ def optimizer_request(node: Node, names: Sequence[str], below: Below, boxes: Box
     matches, differences = match_groups(node.fqn, _by_group(optimizer, names), saved)
     differences += foreign_options(node.fqn, optimizer.param_groups, optimizer.defaults, matches)
     request = Request(differences=differences, unexpected=[leaf.fqn for leaf in others])
-    matched = {id(group): group for groups in matches for group in groups}
+    # Of a group without parameters nothing would be missed.
     request.unexpected += [
-        leaf.fqn for group in saved if id(group) not in matched for leaf in group.below.leaves
+        leaf.fqn
+        for group in saved
+        if group.params and set(group.params).isdisjoint(names)
+        for leaf in group.below.leaves
     ]
-    chosen = [groups[0] for groups in matches if groups]
-    for leaf in [leaf for group in chosen for leaf in group.below.leaves]:
+    chosen = [groups[0] if groups else None for groups in matches]
+    for leaf in [leaf for group in chosen if group is not None for leaf in group.below.leaves]:
         request.want(leaf)
 
     target = _StateTarget(optimizer, names, depth)
@@ -75,7 +78,8 @@ def optimizer_request(node: Node, names: Sequence[str], below: Below, boxes: Box
 
     def fill(loaded: Loaded) -> None:
         for group, saved_group in zip(optimizer.param_groups, chosen, strict=True):
-            fill_group(group, _options(saved_group, loaded))
+            if saved_group is not None:
+                fill_group(group, _options(saved_group, loaded))
         target.fill(states, loaded)
 
     request.fill = fill

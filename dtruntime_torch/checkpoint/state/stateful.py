@@ -122,17 +122,17 @@ def _optimizer_leaves(node: Node, names: tuple[str, ...], look: Look) -> Iterato
 
 def _group_node(node: Node, position: int, group: Mapping[str, Any]) -> Node:
     path = (*node.path, PathKey("dict", GROUPS), PathKey("list", position))
-    name = join_names(join_names(node.fqn, GROUPS), _group_name(position, list(map(str, group["params"]))))
+    name = join_names(join_names(node.fqn, GROUPS), group_name(position, list(map(str, group["params"]))))
     return Node(path, name, group, node.per_rank, cannot_replace)
 
 
-def _group_name(position: int, params: Sequence[str]) -> str:
+def group_name(position: int, params: Sequence[str]) -> str:
     """Named by its parameters and not by its position: stages of a pipeline each have a group 0 of their own.
 
     By all of them: ranks with experts of their own share the first ones.
     """
     if len(params) < 2:
-        return params[0] if params else str(position)
+        return params[0] if params else f"empty-{position}"
     digest = hashlib.sha256("\0".join(params).encode("utf-8", "surrogatepass")).hexdigest()
     return f"{params[0]}-{digest[:16]}"
 

@@ -127,7 +127,9 @@ def test_who_is_swept_while_its_file_is_on_its_way_is_told_that_the_file_was_del
 ):
     disk = Halting(nth, place)
     with halted(tmp_path, disk, 1, delta=delta) as (first, handle), replace_first(tmp_path, disk) as second:
-        with pytest.raises(SaveFailed, match=r"0001-1/shard-00000-of-00001\.\w+: .*It was deleted meanwhile"):
+        with pytest.raises(
+            SaveFailed, match=r"0001-1/shard-00000-of-00001\.\w+: .*is not there, or no longer"
+        ):
             handle.result()
         check_second_replaced_first(tmp_path, first, second)
 

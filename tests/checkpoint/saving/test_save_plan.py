@@ -143,9 +143,14 @@ def test_what_is_a_value_on_one_rank_and_a_container_on_another_is_refused(
     inner: TensorSpec | ObjectSpec,
 ) -> None:
     below = replace(inner, path=(PathKey("dict", "m"), PathKey("dict", "a")))
-    told = r"'m' on ranks \[0\] is a value by itself or empty, and has 'm.a' on ranks \[1\] in it.*PerRank"
+    told = r"'m' on ranks \[0\] is a value by itself, and has 'm.a' on ranks \[1\] in it.*PerRank"
     with pytest.raises(InvalidArgument, match=told):
         plans_of([flat(obj("m")), flat(below)])
+
+
+def test_an_empty_dict_gives_way_to_what_others_hold_in_it() -> None:
+    below = replace(obj("m.a"), path=(PathKey("dict", "m"), PathKey("dict", "a")))
+    assert len(plans_of([flat(replace(obj("m"), is_empty=True)), flat(below)])) == 2
 
 
 def test_a_key_with_a_dot_is_no_container() -> None:
