@@ -26,7 +26,7 @@ from dtruntime_torch.checkpoint.state.local_shard import (
     require_member,
 )
 from dtruntime_torch.checkpoint.state.stateful import Leaf, Survey
-from dtruntime_torch.checkpoint.state.traverse import Node, PerRank, Stateful, keep_types, name_clash
+from dtruntime_torch.checkpoint.state.traverse import PerRank, Stateful, keep_types, name_clash
 from dtruntime_torch.checkpoint.state.wrappers import innermost
 
 __all__ = ["FlatState", "PerRank", "Stateful", "flatten_state", "register_codec"]
@@ -113,9 +113,9 @@ class _Collector:
         if isinstance(node.value, torch.Tensor):
             self._add_tensor(leaf, index)
         elif type(node.value) is bytes:
-            self._add_bytes(node, index)
+            self._add_bytes(leaf, index)
         else:
-            self._add_object(node, index)
+            self._add_object(leaf, index)
 
     def _add_tensor(self, leaf: Leaf, index: int) -> None:
         node = leaf.node
@@ -144,10 +144,12 @@ class _Collector:
                 spread=(leaf.owned or memory in self._owned) and not node.per_rank and box.holders is None,
                 per_rank=node.per_rank,
                 alias=None if alias == node.fqn else alias,
+                part_of=leaf.part_of,
             )
         )
 
-    def _add_bytes(self, node: Node, index: int) -> None:
+    def _add_bytes(self, leaf: Leaf, index: int) -> None:
+        node = leaf.node
         shape = (len(node.value),)
         self._tensors[node.fqn] = tensor_of(node.value)
         self._tensor_specs.append(
@@ -161,13 +163,17 @@ class _Collector:
                 shape=shape,
                 per_rank=node.per_rank,
                 is_bytes=True,
+                part_of=leaf.part_of,
             )
         )
 
-    def _add_object(self, node: Node, index: int) -> None:
+    def _add_object(self, leaf: Leaf, index: int) -> None:
+        node = leaf.node
         self._values[node.fqn] = objects.encode(node.value, where=node.fqn)
         is_empty = isinstance(node.value, dict) and not node.value
-        self._object_specs.append(ObjectSpec(node.fqn, node.path, index, node.per_rank, is_empty))
+        self._object_specs.append(
+            ObjectSpec(node.fqn, node.path, index, node.per_rank, is_empty, leaf.part_of)
+        )
 
 
 def tensor_of(data: bytes) -> torch.Tensor:

@@ -68,6 +68,8 @@ class TensorSpec:
         per_rank: it is meant to differ by rank, and each rank writes its own.
         alias: fqn of the tensor that it is tied to, or None.
         is_bytes: the leaf is `bytes`, kept as uint8.
+        part_of: fqn of the stateful object that it is of, which takes whatever lies under its name; "" for a module's,
+            an optimizer's, and a leaf of plain containers.
     """
 
     fqn: str
@@ -84,6 +86,7 @@ class TensorSpec:
     per_rank: bool = False
     alias: str | None = None
     is_bytes: bool = False
+    part_of: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -101,6 +104,7 @@ class ObjectSpec:
         index: its position among all leaves of the state.
         per_rank: it is meant to differ by rank, and each rank writes its own.
         is_empty: it is a dict without anything in it, as the state of an optimizer before its first step.
+        part_of: as of a `TensorSpec`.
     """
 
     fqn: str
@@ -108,6 +112,7 @@ class ObjectSpec:
     index: int
     per_rank: bool = False
     is_empty: bool = False
+    part_of: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from dtruntime_torch import PerRank
 from dtruntime_torch.checkpoint.info import CheckpointInfo
 from dtruntime_torch.checkpoint.restore import load_fresh
-from dtruntime_torch.errors import CheckpointMismatch
+from dtruntime_torch.errors import CheckpointMismatch, InvalidArgument
 from dtruntime_torch.storage import MemoryBackend
 from tests.checkpoint.thread_ranks import Rank, make_ranks, together
 
@@ -168,3 +169,58 @@ def test_options_in_another_order_are_the_same_options() -> None:
     save(make_ranks(2, backend), [with_groups(0), with_groups(1, weight_decay=0.2)], 1)
     model = nn.ModuleDict({f"stage{rank}": nn.Linear(2, 2) for rank in (0, 1)})
     load(make_ranks(1, backend), [(model, torch.optim.SGD(model.parameters(), lr=9.0))])
+
+
+@pytest.mark.parametrize("theirs", [0.1, 0.2])
+def test_tensors_in_the_options_of_groups_that_become_one_must_be_equal(theirs: float) -> None:
+    """As the learning rates of capturable optimizers."""
+    backend = MemoryBackend()
+
+    def stages(*numbers: int, lr: float) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = nn.ModuleDict({f"stage{number}": nn.Linear(2, 2) for number in numbers})
+        return model, torch.optim.SGD(model.parameters(), lr=torch.tensor(lr))
+
+    save(make_ranks(2, backend), [stages(0, lr=0.1), stages(1, lr=theirs)], 1)
+    alone, whole = make_ranks(1, backend)[0], stages(0, 1, lr=9.0)
+    if theirs == 0.1:
+        alone.load(state_of(whole))
+        assert torch.equal(whole[1].param_groups[0]["lr"], torch.tensor(0.1))
+    else:
+        with pytest.raises(CheckpointMismatch, match="different values of 'lr'"):
+            alone.load(state_of(whole))
+
+
+class Keeper:
+    """A stateful object with names of its rank."""
+
+    def __init__(self, **state: object) -> None:
+        self.state = state
+
+    def state_dict(self) -> dict[str, object]:
+        return self.state
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        self.state = state
+
+
+@pytest.mark.parametrize(
+    "theirs", [{"own1": 1}, {"own1": torch.ones(2)}, {}], ids=["object", "tensor", "nothing"]
+)
+def test_a_stateful_object_that_has_other_names_on_other_ranks_is_refused(theirs: State) -> None:
+    """Each would be given the names of all, and from the second save on those of other ranks would be stale."""
+    ranks = make_ranks(2, MemoryBackend())
+    states: list[State] = [{"k": Keeper(own0=0)}, {"k": Keeper(**theirs)}]
+    results = together(*[partial(r.save, s, 1) for r, s in zip(ranks, states, strict=True)])
+    assert all(
+        isinstance(result, InvalidArgument) and "PerRank" in str(result) for result in results
+    ), results
+
+
+def test_a_stateful_object_of_each_rank_is_kept_with_per_rank() -> None:
+    ranks = make_ranks(2, MemoryBackend())
+    keepers = [Keeper(own0=0), Keeper(own1=1)]
+    together(*[partial(r.save, {"k": PerRank(k)}, 1) for r, k in zip(ranks, keepers, strict=True)])
+    fresh = [Keeper(), Keeper()]
+    results = together(*[partial(r.load, {"k": PerRank(k)}) for r, k in zip(ranks, fresh, strict=True)])
+    assert all(isinstance(result, CheckpointInfo) for result in results), results
+    assert [keeper.state for keeper in fresh] == [{"own0": 0}, {"own1": 1}]

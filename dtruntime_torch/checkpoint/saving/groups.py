@@ -196,6 +196,7 @@ def _pack(specs: FlatSpecs) -> bytes:
                 "index": leaf.index,
                 "per_rank": leaf.per_rank,
                 "is_empty": leaf.is_empty,
+                "part_of": objects.encode(leaf.part_of, "a name"),
             }
             for leaf in specs.objects
         ],
@@ -234,6 +235,7 @@ def _tensor_to_json(spec: TensorSpec) -> Json:
         "per_rank": spec.per_rank,
         "alias": objects.encode(spec.alias, "a name"),
         "is_bytes": spec.is_bytes,
+        "part_of": objects.encode(spec.part_of, "a name"),
     }
 
 
@@ -253,6 +255,7 @@ def _tensor_from(fields: Fields) -> TensorSpec:
         per_rank=fields.boolean("per_rank"),
         alias=None if fields.json("alias") is None else _text(fields.json("alias")),
         is_bytes=fields.boolean("is_bytes"),
+        part_of=_text(fields.json("part_of")),
     )
     if not is_known(spec.dtype):
         raise Refused(f"there is no dtype {spec.dtype[:40]!r}")
@@ -269,6 +272,7 @@ def _object_from(fields: Fields) -> ObjectSpec:
         fields.integer("index"),
         fields.boolean("per_rank"),
         fields.boolean("is_empty"),
+        _text(fields.json("part_of")),
     )
 
 

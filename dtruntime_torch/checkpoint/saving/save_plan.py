@@ -62,6 +62,7 @@ def make_save_plan(
         [1, 0]
     """
     _check_nesting(groups, members)
+    _check_statefuls(groups, members)
     holdings = _holdings(groups, members)
     writers = {
         **_assign_shards(own.tensors, holdings),
@@ -264,6 +265,31 @@ def _differing(
         f"{fqn!r} differs between ranks: {lines}. Wrap it in dt.PerRank on all ranks if each is to keep its own, "
         f"or give it different names"
     )
+
+
+def _check_statefuls(groups: Mapping[str, FlatSpecs], members: Mapping[str, Ranks]) -> None:
+    """Refuses a stateful object that has other names on other ranks.
+
+    It would be given the names of all, and what another rank holds of those goes stale with it.
+    """
+    names: dict[str, dict[str, frozenset[str]]] = defaultdict(dict)
+    for signature, specs in groups.items() if len(groups) > 1 else ():
+        own: dict[str, set[str]] = defaultdict(set)
+        for spec in (leaf for of_kind in specs for leaf in of_kind):
+            if spec.part_of and not spec.per_rank:
+                own[spec.part_of].add(spec.fqn)
+        for part_of, fqns in own.items():
+            names[part_of][signature] = frozenset(fqns)
+    for part_of, held in names.items():
+        if len(set(held.values())) > 1:
+            first, *others = sorted(held, key=lambda signature: members[signature])
+            other = next(signature for signature in others if held[signature] != held[first])
+            example = min(held[first] ^ held[other])
+            raise InvalidArgument(
+                f"what the state_dict of {part_of!r} holds differs between ranks {_shorten(members[first])} and "
+                f"{_shorten(members[other])}, by {example!r}: wrap it in dt.PerRank on all ranks, or give it another name "
+                f"in the state on each"
+            )
 
 
 def _is_empty(spec: TensorSpec | ObjectSpec) -> bool:

@@ -14,10 +14,11 @@ import torch
 
 from dtruntime_torch.checkpoint import objects
 from dtruntime_torch.checkpoint.format.records import ObjectEntry
+from dtruntime_torch.checkpoint.loading.load_plan import SavedTensor
 from dtruntime_torch.checkpoint.state.nest import SavedLeaf, name_in_list, nest
 from dtruntime_torch.checkpoint.state.stateful import GROUPS, group_name
 from dtruntime_torch.checkpoint.state.wanted import Below
-from dtruntime_torch.errors import CorruptCheckpoint
+from dtruntime_torch.errors import CheckpointMismatch, CorruptCheckpoint
 
 # These say which parameters a group has, here and now.
 _MEMBERSHIP = ("params", "param_names")
@@ -147,13 +148,39 @@ def _find_groups(position: int, names: Sequence[str], saved: Sequence[SavedGroup
 
 def _have_same_options(one: SavedGroup, other: SavedGroup) -> bool:
     try:
-        first, second = (
-            {key: objects.encode(value, "") for key, value in group.options.items()} for group in (one, other)
-        )
-        return first == second
+        return _comparable(one.options) == _comparable(other.options)
     except TypeError:
-        # What stands for a tensor: its value is not known yet.
+        # What stands for a tensor inside of a container.
         return False
+
+
+def _comparable(options: Mapping[str, object]) -> dict[str, object]:
+    """Of a tensor, whose value is not known yet, its kind."""
+    return {
+        key: (
+            (value.dtype, value.global_shape) if isinstance(value, SavedTensor) else objects.encode(value, "")
+        )
+        for key, value in options.items()
+    }
+
+
+def check_same_tensors(fqn: str, groups: Sequence[SavedGroup], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Compares the tensors in the options of groups that become one.
+
+    Raises:
+        CheckpointMismatch: they differ.
+    """
+    for key, first in _tensor_options(groups[0]).items():
+        for group in groups[1:]:
+            if not torch.equal(tensors[first.fqn], tensors[_tensor_options(group)[key].fqn]):
+                raise CheckpointMismatch(
+                    f"{fqn}.{GROUPS}: the parameters {_some(groups[0].params)} and {_some(group.params)} have "
+                    f"different values of {key!r} in the checkpoint, and are in one group in the state"
+                )
+
+
+def _tensor_options(group: SavedGroup) -> dict[str, SavedTensor]:
+    return {key: value for key, value in group.options.items() if isinstance(value, SavedTensor)}
 
 
 def _some(names: Sequence[str]) -> str:

@@ -21,6 +21,7 @@ from dtruntime_torch.checkpoint.state.local_shard import BoxFinder, local_part
 from dtruntime_torch.checkpoint.state.nest import SavedLeaf, nest
 from dtruntime_torch.checkpoint.state.optimizer_groups import (
     SavedGroup,
+    check_same_tensors,
     fill_group,
     foreign_options,
     match_groups,
@@ -65,7 +66,7 @@ def optimizer_request(node: Node, names: Sequence[str], below: Below, boxes: Box
         for leaf in group.below.leaves
     ]
     chosen = [groups[0] if groups else None for groups in matches]
-    for leaf in [leaf for group in chosen if group is not None for leaf in group.below.leaves]:
+    for leaf in [leaf for groups in matches for group in groups for leaf in group.below.leaves]:
         request.want(leaf)
 
     target = _StateTarget(optimizer, names, depth)
@@ -76,13 +77,17 @@ def optimizer_request(node: Node, names: Sequence[str], below: Below, boxes: Box
         request.want(leaf, needed_box(leaf, target.like(leaf), boxes))
         request.differences += target.differences(leaf)
 
+    def check(loaded: Loaded) -> None:
+        for groups in filter(None, matches):
+            check_same_tensors(node.fqn, groups, loaded.tensors)
+
     def fill(loaded: Loaded) -> None:
         for group, saved_group in zip(optimizer.param_groups, chosen, strict=True):
             if saved_group is not None:
                 fill_group(group, _options(saved_group, loaded))
         target.fill(states, loaded)
 
-    request.fill = fill
+    request.check, request.fill = check, fill
     request.homes = lambda: target.homes(states)
     return request
 

@@ -37,11 +37,13 @@ class Leaf(NamedTuple):
         node: where it lies.
         owned: it is an optimizer's state of one of its parameters.
         filled: it lies in a module or an optimizer, which has tensors of its own class when it is loaded.
+        part_of: fqn of the stateful object whose `state_dict` gave it, if that is neither module nor optimizer.
     """
 
     node: Node
     owned: bool = False
     filled: bool = False
+    part_of: str = ""
 
 
 class Survey:
@@ -93,7 +95,8 @@ class Survey:
             elif isinstance(node.value, torch.optim.Optimizer):
                 yield from _optimizer_leaves(node, self.names_of(node), self._look)
             elif is_stateful(node.value):
-                yield from map(Leaf, nodes_below(node, node.value.state_dict(), self._look))
+                for leaf in nodes_below(node, node.value.state_dict(), self._look):
+                    yield Leaf(leaf, part_of=node.fqn)
             else:
                 yield Leaf(node)
 

@@ -184,7 +184,7 @@ def test_ranks_that_learnt_sooner_are_not_taken_for_ranks_that_saw_no_change(sto
 
 TENSOR = {
     "fqn": "w", "index": 0, "dtype": "float32", "global_shape": [2], "offsets": [0], "shape": [2], "layout": "",
-    "path": [["d", "w"]], "holders": None, "first_holders": [], "spread": False, "per_rank": False, "alias": None, "is_bytes": False,
+    "path": [["d", "w"]], "holders": None, "first_holders": [], "spread": False, "per_rank": False, "alias": None, "is_bytes": False, "part_of": "",
 }  # fmt: skip
 
 
