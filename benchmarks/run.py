@@ -54,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = collect(names, options.quick, options.repetitions)
         if options.only:
             again = " ".join(f"--only {name}" for name in options.only)
+            again += f" --repetitions {options.repetitions}" if options.repetitions != REPETITIONS else ""
             found = _beside(_read(results / "host.json"), found, f"python -m benchmarks.run {again}")
         _write(results / "host.json", json.dumps(found, indent=1) + "\n")
     _write(options.into / "docs" / "BENCHMARKS.md", page(results))
@@ -95,8 +96,12 @@ def collect(names: Sequence[str], quick: bool, repetitions: int = REPETITIONS) -
 def _beside(old: dict[str, Any], new: dict[str, Any], command: str) -> dict[str, Any]:
     """The new results, and the old ones of the benchmarks that were not run again."""
     both = {**old["benchmarks"], **new["benchmarks"]}
-    commands = f"{old['command']}, then {command}"
-    return {**new, "command": commands, "benchmarks": {name: both[name] for name in sorted(both)}}
+    earlier = [one for one in old["command"].split(", then ") if one != command]
+    return {
+        **new,
+        "command": ", then ".join([*earlier, command]),
+        "benchmarks": {name: both[name] for name in sorted(both)},
+    }
 
 
 def file_system(place: str, mounts: str | None = None) -> str:
