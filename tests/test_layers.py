@@ -28,8 +28,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("build op_checks storage storage.*", "ops"),
     (
-        "checkpoint.staging.copy_plan checkpoint.saving.layout checkpoint.objects checkpoint.saving.save_plan checkpoint.stack testing testing.*",
-        "checkpoint.format.records checkpoint.format.strict_json",
+        "checkpoint.staging.copy_plan checkpoint.saving.layout checkpoint.objects checkpoint.saving.places checkpoint.stack testing testing.*",
+        "checkpoint.format.records checkpoint.format.strict_json checkpoint.saving.save_plan",
         "checkpoint.saving.delta checkpoint.format.checks checkpoint.format.metadata_json checkpoint.loading.load_plan checkpoint.format.part_json checkpoint.loading.read_requests checkpoint.cleaning.retention",
         "checkpoint.arguments checkpoint.format.manifest_json checkpoint.saving.lineage checkpoint.saving.policies",
         "checkpoint.loading.chunk_needs checkpoint.manifest",

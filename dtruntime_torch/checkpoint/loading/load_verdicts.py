@@ -61,8 +61,9 @@ def judge_surveys(
     """Decides, once all have compared their states with the checkpoint, whether it is read, and who shares what.
 
     A sound report has `differences`, `missing` and `unexpected` as `Wanted` has them, `in_place`, `node` and `needs`. A
-    verdict "go" has `missing`, `unexpected`; `in_place`: whether any rank reads straight into its tensors; `turns`: for each rank, which of how many of its node it is; and `nodes`: for each
-    node whose ranks need something in common `ranks` and their `needs`, one entry if all have the same.
+    verdict "go" has `missing`, `unexpected`; `in_place`: whether any rank reads straight into its tensors; `turns`: for
+    each rank, which of how many of its node it is; and `nodes`: for each node whose ranks need something in common
+    `ranks` and their `needs`, one entry if all have the same.
     """
     verdict = judge(what, reports, is_committed)
     if verdict["verdict"] != "go":

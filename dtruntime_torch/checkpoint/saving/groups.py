@@ -265,14 +265,13 @@ def _tensor_from(fields: Fields) -> TensorSpec:
 
 
 def _object_from(fields: Fields) -> ObjectSpec:
-    fqn = _text(fields.json("fqn"))
     return ObjectSpec(
-        fqn,
-        path_from(fields),
-        fields.integer("index"),
-        fields.boolean("per_rank"),
-        fields.boolean("is_empty"),
-        _text(fields.json("part_of")),
+        fqn=_text(fields.json("fqn")),
+        path=path_from(fields),
+        index=fields.integer("index"),
+        per_rank=fields.boolean("per_rank"),
+        is_empty=fields.boolean("is_empty"),
+        part_of=_text(fields.json("part_of")),
     )
 
 

@@ -11,14 +11,13 @@ from __future__ import annotations
 import heapq
 import math
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from dtruntime_torch.checkpoint.saving.places import Ranks, check_places, shorten
 from dtruntime_torch.checkpoint.specs import FlatSpecs, ObjectSpec, SavePlan, TensorSpec, WriteItem
 from dtruntime_torch.errors import InvalidArgument
-
-Ranks = tuple[int, ...]
 
 
 class _Holding(NamedTuple):
@@ -61,8 +60,7 @@ def make_save_plan(
         >>> [len(make_save_plan(r, 2, alike, {"a": alike}, {"a": (0, 1)}).tensors) for r in (0, 1)]
         [1, 0]
     """
-    _check_nesting(groups, members)
-    _check_statefuls(groups, members)
+    check_places(groups, members)
     holdings = _holdings(groups, members)
     writers = {
         **_assign_shards(own.tensors, holdings),
@@ -81,27 +79,6 @@ def make_save_plan(
     others = _completing(own, writers, groups, holdings)
     completed_by = others if others is not None else set(range(world_size))
     return SavePlan(rank, world_size, items, objects, tuple(sorted(completed_by - {rank})))
-
-
-def _check_nesting(groups: Mapping[str, FlatSpecs], members: Mapping[str, Ranks]) -> None:
-    """Refuses a place that is a leaf on some ranks, and a container of leaves on others: no state can be both.
-
-    But for an empty dict, which gives way where others hold something in it.
-    """
-    at: dict[tuple[Hashable, ...], list[tuple[str, TensorSpec | ObjectSpec]]] = defaultdict(list)
-    for signature, specs in groups.items() if len(groups) > 1 else ():
-        for spec in (leaf for of_kind in specs for leaf in of_kind):
-            way = tuple(step.key for step in spec.path)
-            # Groups of an optimizer are told apart by names, whatever their position.
-            if spec.fqn == ".".join(map(str, way)):
-                at[way].append((signature, spec))
-    solid = {way: [(s, spec) for s, spec in held if not _is_empty(spec)] for way, held in at.items()}
-    for way, inside in at.items():
-        for depth in range(len(way)):
-            outside = solid.get(way[:depth], [])
-            # Of what differs by rank each reads its own.
-            if outside and not all(spec.per_rank for _, spec in (*outside, *inside)):
-                raise _differing_kinds(outside, inside, members)
 
 
 def _holdings(groups: Mapping[str, FlatSpecs], members: Mapping[str, Ranks]) -> dict[str, _Holding]:
@@ -260,54 +237,10 @@ def _differing(
     found: dict[str, list[int]] = defaultdict(list)
     for signature, spec in held:
         found[_describe(spec)].extend(members[signature])
-    lines = "; ".join(f"{what} on ranks {_shorten(sorted(ranks))}" for what, ranks in found.items())
+    lines = "; ".join(f"{what} on ranks {shorten(sorted(ranks))}" for what, ranks in found.items())
     return InvalidArgument(
         f"{fqn!r} differs between ranks: {lines}. Wrap it in dt.PerRank on all ranks if each is to keep its own, "
         f"or give it different names"
-    )
-
-
-def _check_statefuls(groups: Mapping[str, FlatSpecs], members: Mapping[str, Ranks]) -> None:
-    """Refuses a stateful object that has other names on other ranks.
-
-    It would be given the names of all, and what another rank holds of those goes stale with it.
-    """
-    names: dict[str, dict[str, frozenset[str]]] = defaultdict(dict)
-    for signature, specs in groups.items() if len(groups) > 1 else ():
-        own: dict[str, set[str]] = defaultdict(set)
-        for spec in (leaf for of_kind in specs for leaf in of_kind):
-            if spec.part_of and not spec.per_rank:
-                own[spec.part_of].add(spec.fqn)
-        for part_of, fqns in own.items():
-            names[part_of][signature] = frozenset(fqns)
-    for part_of, held in names.items():
-        if len(set(held.values())) > 1:
-            first, *others = sorted(held, key=lambda signature: members[signature])
-            other = next(signature for signature in others if held[signature] != held[first])
-            example = min(held[first] ^ held[other])
-            raise InvalidArgument(
-                f"what the state_dict of {part_of!r} holds differs between ranks {_shorten(members[first])} and "
-                f"{_shorten(members[other])}, by {example!r}: wrap it in dt.PerRank on all ranks, or give it another name "
-                f"in the state on each"
-            )
-
-
-def _is_empty(spec: TensorSpec | ObjectSpec) -> bool:
-    return isinstance(spec, ObjectSpec) and spec.is_empty
-
-
-def _differing_kinds(
-    outside: Sequence[tuple[str, TensorSpec | ObjectSpec]],
-    inside: Sequence[tuple[str, TensorSpec | ObjectSpec]],
-    members: Mapping[str, Ranks],
-) -> InvalidArgument:
-    leaf, below = (
-        f"{held[0][1].fqn!r} on ranks {_shorten(sorted(rank for s, _ in held for rank in members[s]))}"
-        for held in (outside, inside)
-    )
-    return InvalidArgument(
-        f"{leaf} is a value by itself, and has {below} in it. Wrap it in dt.PerRank on all ranks if each is to "
-        f"keep its own, or give it different names"
     )
 
 
@@ -318,7 +251,3 @@ def _describe(spec: TensorSpec | ObjectSpec) -> str:
     if spec.is_bytes:
         return f"{own}bytes of length {spec.global_shape[0]}"
     return f"{own}{spec.dtype} tensor of shape {list(spec.global_shape)}"
-
-
-def _shorten(ranks: Sequence[int]) -> str:
-    return str(list(ranks)) if len(ranks) <= 8 else f"[{', '.join(map(str, ranks[:8]))}, ...]"

@@ -204,7 +204,8 @@ def _find_box(shape: Shape, mesh: DeviceMesh, placements: Placements, where: str
         )
     _check_is_box(shape, mesh, placements, coordinate, where)
     local_shape, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
-    holders, first_holders = (_holders_at(at, mesh, placements) for at in (coordinate, [0] * len(placements)))
+    holders = _holders_at(coordinate, mesh, placements)
+    first_holders = _holders_at([0] * len(placements), mesh, placements)
     layout = f"mesh {mesh.mesh.tolist()}: {', '.join(map(repr, placements))}"
     return Box(tuple(offsets), tuple(local_shape), layout, holders, first_holders)
 

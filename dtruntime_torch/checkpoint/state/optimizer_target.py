@@ -65,7 +65,6 @@ def optimizer_request(node: Node, names: Sequence[str], below: Below, boxes: Box
         if group.params and set(group.params).isdisjoint(names)
         for leaf in group.below.leaves
     ]
-    chosen = [groups[0] if groups else None for groups in matches]
     for leaf in [leaf for groups in matches for group in groups for leaf in group.below.leaves]:
         request.want(leaf)
 
@@ -82,9 +81,9 @@ def optimizer_request(node: Node, names: Sequence[str], below: Below, boxes: Box
             check_same_tensors(node.fqn, groups, loaded.tensors)
 
     def fill(loaded: Loaded) -> None:
-        for group, saved_group in zip(optimizer.param_groups, chosen, strict=True):
-            if saved_group is not None:
-                fill_group(group, _options(saved_group, loaded))
+        for group, groups in zip(optimizer.param_groups, matches, strict=True):
+            if groups:
+                fill_group(group, _options(groups[0], loaded))
         target.fill(states, loaded)
 
     request.check, request.fill = check, fill
