@@ -334,12 +334,16 @@ class CopyJob:
             ValueError: as `copy_digest`, or `known` is not 16 bytes a chunk. Nothing was copied.
         """
 
-    def wait(self, copies: Sequence[int] | None = None, timeout: float | None = None) -> bool:
+    def wait(
+        self, copies: Sequence[int] | None = None, timeout: float | None = None, help: bool = True
+    ) -> bool:
         """Helps, and returns once these copies are done.
 
         Args:
             copies: their numbers, counted from 0; the first is helped first. None: all.
             timeout: seconds, looked at between two chunks; 0 only asks. None: no end.
+            help: False leaves the work to the background, as long as that has a thread: for who is in no hurry, and
+                would take a CPU from training.
 
         Returns:
             True when they are done, False when the time was over before.

@@ -108,12 +108,12 @@ std::vector<size_t> check_numbers(const std::optional<std::vector<int64_t>>& num
 }
 
 bool wait(CopyJobObject& self, const std::optional<std::vector<int64_t>>& copies,
-          std::optional<double> timeout) {
+          std::optional<double> timeout, bool help) {
   const std::vector<size_t> numbers = check_numbers(copies, self.job().size());
   const Clock::time_point deadline = deadline_after(timeout);
   for (;;) {
     const Clock::time_point until = std::min(deadline, Clock::now() + kSlice);
-    const Outcome outcome = without_gil([&] { return self.job().wait(numbers, until); });
+    const Outcome outcome = without_gil([&] { return self.job().wait(numbers, until, help); });
     self.done();
     if (outcome == Outcome::kDone) return true;
     if (outcome != Outcome::kTimeout) raise_dead(outcome);
@@ -138,7 +138,8 @@ void bind_copy_job(py::module_& module) {
   py::class_<CopyJobObject>(module, "CopyJob")
       .def(py::init(&start), py::arg("arena"), py::arg("sources"), py::arg("lengths"), py::arg("offsets"),
            py::arg("chunk_bytes"), py::arg("threads") = 0, py::arg("known") = py::none())
-      .def("wait", &wait, py::arg("copies") = py::none(), py::arg("timeout") = py::none())
+      .def("wait", &wait, py::arg("copies") = py::none(), py::arg("timeout") = py::none(),
+           py::arg("help") = true)
       .def("cancel", &CopyJobObject::cancel)
       .def("digests", &digests)
       .def_property_readonly("done", &CopyJobObject::done)

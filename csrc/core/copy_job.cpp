@@ -45,7 +45,7 @@ CopyJob::~CopyJob() {
   }
 }
 
-CopyJob::Outcome CopyJob::wait(std::span<const size_t> numbers, Clock::time_point deadline) {
+CopyJob::Outcome CopyJob::wait(std::span<const size_t> numbers, Clock::time_point deadline, bool help) {
   size_t at = 0;  // all before it are done
   const auto all_done = [&] {
     while (at < numbers.size() && finished(numbers[at])) ++at;
@@ -53,7 +53,7 @@ CopyJob::Outcome CopyJob::wait(std::span<const size_t> numbers, Clock::time_poin
   };
   if (all_done()) return Outcome::kDone;
   if (forked()) return Outcome::kForked;
-  {
+  if (help || ThreadPool::of(Priority::kLow).workers() == 0) {
     const Helping helping(*shared_);
     // One thread a task, so that each goes through all of them.
     parallel_for(helping_, helping_, [&](size_t) {

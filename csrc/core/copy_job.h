@@ -20,7 +20,8 @@
 namespace dtruntime {
 
 // Starts as it is made. Threads of low priority take the chunks in the order of the copies; who waits for
-// some of them does the work that is left there itself, with as many threads of normal priority.
+// some of them does the work that is left there itself, with as many threads of normal priority, or asks only
+// to be told.
 //
 // Until it is done() or cancel() has returned, nobody may write the sources or touch the targets; a source
 // may be written again once wait() has returned kDone for its copy. Methods may be called from any thread and
@@ -44,8 +45,9 @@ class CopyJob {
   CopyJob& operator=(const CopyJob&) = delete;
 
   // Helps until the copies with these numbers are done. The deadline is looked at between two chunks; one in
-  // the past only asks. REQUIRES: each number < size().
-  Outcome wait(std::span<const size_t> numbers, Clock::time_point deadline);
+  // the past only asks. Without `help` it sleeps until the background has done them, unless that has no
+  // thread at all: somebody has to do them. REQUIRES: each number < size().
+  Outcome wait(std::span<const size_t> numbers, Clock::time_point deadline, bool help = true);
 
   // Starts no further chunk and returns when no thread is in one. What is done stays done.
   void cancel();

@@ -47,6 +47,11 @@ void ThreadPool::withdraw(Work& work) {
   work.idle.wait(lock, [&] { return work.active == 0; });
 }
 
+unsigned ThreadPool::workers() {
+  std::lock_guard lock(mutex_);
+  return workers_;
+}
+
 void ThreadPool::grow(unsigned wanted) {
   if (workers_ >= wanted) return;
   // Signals belong to the threads that Python knows: a worker inherits a full mask.

@@ -39,6 +39,9 @@ class ThreadPool {
   // called again, and from several threads.
   void withdraw(Work& work);
 
+  // Threads that there are. Never fewer later; 0 only where none could be started, or nothing was offered.
+  unsigned workers();
+
  private:
   explicit ThreadPool(Priority priority) : priority_(priority) {}
 

@@ -17,11 +17,11 @@ class PatientJob:
         self._arguments = arguments
         self._job: _C.CopyJob | None = None
 
-    def wait(self, copies: list[int] | None = None, timeout: float | None = None) -> bool:
+    def wait(self, copies: list[int] | None = None, timeout: float | None = None, help: bool = True) -> bool:
         if timeout is not None:
             return False
         self._job = _CopyJob(*self._arguments)
-        return self._job.wait(copies)
+        return self._job.wait(copies, help=help)
 
     def digests(self) -> bytes:
         assert self._job is not None
@@ -31,5 +31,5 @@ class PatientJob:
         """Nothing has begun, and nothing ever will."""
         self.wait = self._refuse
 
-    def _refuse(self, copies: object = None, timeout: object = None) -> bool:
+    def _refuse(self, copies: object = None, timeout: object = None, help: object = None) -> bool:
         raise RuntimeError("the copy job was cancelled")

@@ -111,6 +111,50 @@ TEST_CASE("copy job: several jobs run at once") {
   }
 }
 
+// All threads of low priority that there are, and one at least, in a work that ends when it is told to.
+struct BusyBackground {
+  ThreadPool& pool = ThreadPool::of(Priority::kLow);
+  std::atomic<bool> over{false};
+  ThreadPool::Work work{[this] { over.wait(false); }, std::max(1u, pool.workers())};
+
+  BusyBackground() { pool.offer(work); }
+  ~BusyBackground() { release(); }
+  void release() {
+    over = true;
+    over.notify_all();
+    pool.withdraw(work);
+  }
+};
+
+TEST_CASE("copy job: who does not help does nothing of it, and is told when the background has done it") {
+  Case c(60);
+  BusyBackground busy;
+  CopyJob job(c.arena, c.copies, kChunkBytes, 1);
+  const auto soon = CopyJob::Clock::now() + std::chrono::milliseconds(20);
+  CHECK(job.wait(c.numbers, soon, false) == Outcome::kTimeout);
+  CHECK(job.nbytes_done() == 0);
+  busy.release();
+  CHECK(job.wait(c.numbers, kForever, false) == Outcome::kDone);
+  CHECK(has_digests(job, c));
+}
+
+TEST_CASE("copy job: who helps does it while the background is busy") {
+  Case c(60);
+  const BusyBackground busy;
+  CopyJob job(c.arena, c.copies, kChunkBytes, 1);
+  CHECK(job.wait(c.numbers, kForever) == Outcome::kDone);
+  CHECK(has_digests(job, c));
+}
+
+TEST_CASE("copy job: who does not help is told when it is cancelled") {
+  Case c(60);
+  BusyBackground busy;
+  CopyJob job(c.arena, c.copies, kChunkBytes, 1);
+  std::thread waiter([&] { CHECK(job.wait(c.numbers, kForever, false) == Outcome::kCancelled); });
+  job.cancel();
+  waiter.join();
+}
+
 TEST_CASE("copy job: the background finishes it without anyone who waits") {
   Case c(60);
   CopyJob job(c.arena, c.copies, kChunkBytes, 2);

@@ -80,6 +80,35 @@ def test_who_waits_gets_what_he_waits_for_first(long_source):
     job.cancel()
 
 
+def test_who_does_not_help_gets_it_from_the_background():
+    sources = Sources([MIB] * 4)
+    job = sources.start(threads=1)
+    assert job.wait([2], timeout=TIMEOUT, help=False)
+    assert sources.arrived(2) == sources.data[2]
+    assert job.wait(timeout=TIMEOUT, help=False)
+    assert job.digests() == sources.digests()
+
+
+# A thread needs megabytes of address space for its stack.
+WITHOUT_THREADS = """
+import os, resource
+from dtruntime_torch import _C
+
+source, arena = _C.Arena(1 << 20), _C.Arena(1 << 20)
+mapped = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (mapped + (1 << 20), resource.RLIM_INFINITY))
+job = _C.CopyJob(arena, [source.address], [1 << 20], [0], 1024)
+print(len(os.listdir("/proc/self/task")), job.wait(help=False))
+"""
+
+
+def test_where_there_is_no_background_who_waits_does_it_all_the_same():
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_THREADS], capture_output=True, text=True, timeout=TIMEOUT, check=True
+    )
+    assert result.stdout == "1 True\n"
+
+
 def test_its_progress_ends_at_all_bytes():
     sources = Sources([3 * MIB, 0, 7])
     job = sources.start()

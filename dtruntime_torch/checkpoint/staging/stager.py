@@ -201,11 +201,13 @@ class Staging:
             which = "the sources" if asked is None else self._sources.name(asked)
             raise BarrierTimeout(f"{which} may not be overwritten yet: {self._progress(timeout)}")
 
-    def wait(self, timeout: float | None = None) -> bytes:
+    def wait(self, timeout: float | None = None, help: bool = True) -> bytes:
         """Waits, and helps, until every byte is in the arena; then digests what arrived.
 
         Args:
             timeout: seconds; None waits as long as it takes.
+            help: False leaves what lies in host memory to the threads of the background, if there are any: for who
+                is in no hurry, and would take a CPU from training.
 
         Returns:
             The XXH3-128 digests of all chunks of all pairs, in the order of the pairs, 16 bytes each.
@@ -214,7 +216,7 @@ class Staging:
             BarrierTimeout: it still goes on, and may be waited for again.
             SaveFailed: a device failed, or the staging was cancelled. It has ended.
         """
-        self._end(timeout)
+        self._end(timeout, help)
         if self._digests is None:
             raise SaveFailed(str(self._failure)) from self._failure
         return self._digests
@@ -306,18 +308,17 @@ class Staging:
             place = image[offset : offset + sources.lengths[number]].view(source.dtype)
             place.view(source.shape).copy_(source)
 
-    def _end(self, timeout: float | None) -> None:
+    def _end(self, timeout: float | None, help: bool = True) -> None:
         deadline = None if timeout is None else time.monotonic() + timeout
         with held(self._ending, timeout) as taken:
-            if not taken or (not self.ended and not self._settled(deadline)):
+            if not taken or (not self.ended and not self._settled(deadline, help)):
                 raise BarrierTimeout(self._progress(timeout))
 
-    def _settled(self, deadline: float | None) -> bool:
+    def _settled(self, deadline: float | None, help: bool) -> bool:
         """Whether nothing is in flight any more, before the deadline; the staging has ended then, well or not."""
         try:
-            settled = self._job.wait(
-                timeout=None if deadline is None else max(0.0, deadline - time.monotonic())
-            )
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            settled = self._job.wait(timeout=left, help=help)
         except RuntimeError as error:
             # It was told to stop, perhaps by another thread just now: this returns when it has.
             self._job.cancel()

@@ -219,6 +219,20 @@ def test_a_timeout_says_how_far_it_has_come_and_the_staging_goes_on(monkeypatch)
     assert staging.wait() == digests_of(raw(source), 16)
 
 
+def test_who_waits_without_helping_leaves_the_copies_to_the_background(monkeypatch):
+    asked = []
+
+    class Notes(PatientJob):
+        def wait(self, copies=None, timeout=None, help=True):
+            asked.append(help)
+            return super().wait(copies, timeout, help)
+
+    monkeypatch.setattr(_C, "CopyJob", Notes)
+    source = filled((100,), torch.uint8, 1)
+    assert Stager(_C.Arena(100), 16).start([(source, 0)]).wait(help=False) == digests_of(raw(source), 16)
+    assert asked == [False]
+
+
 def test_after_a_cancel_the_arena_and_the_sources_are_free():
     source, arena = filled((LARGE,), torch.uint8, 1), _C.Arena(LARGE)
     stager = Stager(arena, 1 << 16)
