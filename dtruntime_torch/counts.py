@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from numbers import Real
 
 from dtruntime_torch.errors import InvalidArgument
@@ -42,3 +43,19 @@ def check_number(what: str, number: object) -> float:
     if isinstance(number, bool) or not isinstance(number, Real):
         raise InvalidArgument(f"{what} is {number!r}; it is a number")
     return float(number)
+
+
+def check_seconds(what: str, seconds: object) -> float:
+    """Returns how long something is waited for.
+
+    Raises:
+        InvalidArgument: it is no number, not above 0, or longer than a thread can wait.
+
+    Example:
+        >>> check_seconds("timeout", 60)
+        60.0
+    """
+    found = check_number(what, seconds)
+    if not 0 < found <= threading.TIMEOUT_MAX:
+        raise InvalidArgument(f"{what} is {seconds}; it is a positive number of seconds, and a finite one")
+    return found

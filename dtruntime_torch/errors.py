@@ -70,6 +70,14 @@ class SaveFailed(DTRuntimeError, RuntimeError):
     """A save was given up before its commit; the message says which ranks failed and why."""
 
 
+class TornSnapshot(SaveFailed):
+    """A save was given up since tensors changed while it read them; the message names them."""
+
+
+class SaveSkipped(SaveFailed):
+    """A save was left out on all ranks, since the one before it still went on on one of them."""
+
+
 class LoadFailed(DTRuntimeError, RuntimeError):
     """A load was given up by all ranks together; the message says which ranks failed and why."""
 

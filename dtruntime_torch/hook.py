@@ -43,7 +43,6 @@ class CheckpointHook:
     Attributes:
         current_step: optimizer steps done, those before a restore included.
         last_save: the save that was begun last, or None.
-        stall_seconds: how long saving has kept the loop waiting so far.
 
     Example:
         hook = CheckpointHook(manager, model=model, optimizer=optimizer, sampler=sampler, every_n_steps=100)
@@ -75,13 +74,21 @@ class CheckpointHook:
         self.every_n_steps = every_n_steps
         self.current_step = 0
         self.last_save: SaveHandle | None = None
-        self.stall_seconds = 0.0
+        self._stalled_before = 0.0
         self._seed = seed
         self._metadata = metadata
         self._rng = RngState()
         self._rng_to_put_back: dict[str, object] | None = None
         self._state = _collect(model, optimizer, scheduler, sampler, extra or {})
         self._state["rng"] = PerRank(self._rng)
+        optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else optimizer
+        manager.guard(*(one for one in optimizers if isinstance(one, torch.optim.Optimizer)))
+
+    @property
+    def stall_seconds(self) -> float:
+        """How long saving has kept the loop waiting so far: the calls, and steps of optimizers after them."""
+        last = 0.0 if self.last_save is None else self.last_save.metrics.stall_seconds
+        return self._stalled_before + last
 
     def restore(self, *, all_or_nothing: bool = False) -> int:
         """Loads the newest sound checkpoint, if there is one.
@@ -142,9 +149,10 @@ class CheckpointHook:
     def save(self) -> SaveHandle:
         """Saves now, in the background."""
         metadata = None if self._metadata is None else self._metadata()
-        self.last_save = self.manager.save_async(self._state, self.current_step, metadata)
-        self.stall_seconds += self.last_save.metrics.stall_seconds
-        return self.last_save
+        handle = self.manager.save_async(self._state, self.current_step, metadata)
+        self._stalled_before = self.stall_seconds
+        self.last_save = handle
+        return handle
 
 
 def _collect(

@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 from collections.abc import Collection, Iterable
 from types import TracebackType
-from typing import Any, get_args
+from typing import Any
 
+import torch
 from torch.distributed.distributed_c10d import ProcessGroup, Store
 
-from dtruntime_torch.checkpoint import catalog, restore
+from dtruntime_torch.checkpoint import restore
 from dtruntime_torch.checkpoint.arguments import LoadOptions, check_pinned, check_step
 from dtruntime_torch.checkpoint.cleaning.prune_plan import PruneReport
 from dtruntime_torch.checkpoint.cleaning.retention import KeepBest, RetentionPolicy
 from dtruntime_torch.checkpoint.info import CheckpointInfo, LoadedCheckpoint
+from dtruntime_torch.checkpoint.listing import describe_all
 from dtruntime_torch.checkpoint.names import CommitKey, check_name
 from dtruntime_torch.checkpoint.objects import Json
 from dtruntime_torch.checkpoint.save import Saver
 from dtruntime_torch.checkpoint.saving.delta import DeltaPolicy
 from dtruntime_torch.checkpoint.saving.handle import SaveHandle
 from dtruntime_torch.checkpoint.saving.lineage import Lineage
-from dtruntime_torch.checkpoint.saving.policies import ONCE, OnFailure, SavePolicies
+from dtruntime_torch.checkpoint.saving.policies import (
+    Consistency,
+    OnBusy,
+    OnFailure,
+    SavePolicies,
+    choose_delta,
+    choose_retry,
+)
 from dtruntime_torch.checkpoint.verify import VerifyReport, find_commit, verify
-from dtruntime_torch.counts import check_count, check_number
-from dtruntime_torch.errors import CorruptCheckpoint, InvalidArgument, NewerFormat
+from dtruntime_torch.counts import check_count, check_seconds
+from dtruntime_torch.errors import InvalidArgument
 from dtruntime_torch.membership import join
 from dtruntime_torch.retry import RetryPolicy
 from dtruntime_torch.storage import StorageBackend, backend_for, run_sync
@@ -55,6 +63,14 @@ class CheckpointManager:
         on_failure: what becomes of a failed save that nobody asked for by `result` or `await`. "warn": the next save
             warns of it and goes on; "raise": the next save raises its error, once, and is not taken. Either way it
             is logged, counted in `failed_saves`, and raised by `close`. Let it be the same on all ranks.
+        consistency: "optimizer": `save_async` returns while the parameters and states of optimizers are still copied,
+            and the next step of an optimizer waits for what is missing; everything else is copied before it returns.
+            "immediate": all is. That is for loops that change parameters by other means than `optimizer.step()`.
+        paranoid: digests what is copied late from host memory at the call, too, which costs one read, so that no change
+            in between can be saved, whoever made it. On devices this is always so.
+        on_busy: what becomes of a `save_async` that finds the one before it under way on any rank: "wait" for that
+            one, or "skip" it on all ranks, whose handles raise SaveSkipped.
+        door_timeout: seconds that a step waits for what is still to be copied. Then it goes on, and that save fails.
         timeout: seconds after which a wait for other ranks is given up, with an error that names them.
         process_group: the ranks that save together; None for all, or for this process alone where
             torch.distributed is not initialised.
@@ -84,29 +100,32 @@ class CheckpointManager:
         keep_best: KeepBest | None = None,
         pinned_steps: Iterable[int] = (),
         on_failure: OnFailure = "warn",
+        consistency: Consistency = "optimizer",
+        paranoid: bool = False,
+        on_busy: OnBusy = "wait",
+        door_timeout: float = 60.0,
         timeout: float = 600.0,
         process_group: ProcessGroup | None = None,
         store: Store | None = None,
     ) -> None:
         check_name(name)
         check_count("chunk_bytes", chunk_bytes, 4096, 1 << 30)
-        if not 0 < check_number("timeout", timeout) <= threading.TIMEOUT_MAX:
-            raise InvalidArgument(
-                f"timeout is {timeout}; it is a positive number of seconds, and a finite one"
-            )
-        retention = RetentionPolicy(keep_last_n, keep_every_n_steps, keep_best, check_pinned(pinned_steps))
-        if on_failure not in get_args(OnFailure):
-            raise InvalidArgument(f'on_failure is {on_failure!r}; it is "warn" or "raise"')
+        check_seconds("timeout", timeout)
+        policies = SavePolicies(
+            chunk_bytes,
+            RetentionPolicy(keep_last_n, keep_every_n_steps, keep_best, check_pinned(pinned_steps)),
+            choose_delta(delta),
+            choose_retry(retry),
+            on_failure,
+            on_busy,
+            consistency,
+            door_timeout,
+            paranoid,
+        )
         self.name = name
         self._backend = backend_for(storage)
         self._members = join(process_group, store, timeout)
         self._lineage = Lineage()
-        if not isinstance(delta, (bool, DeltaPolicy)):
-            raise InvalidArgument(f"delta is {delta!r}; give True, False or a DeltaPolicy")
-        if not (retry is None or isinstance(retry, RetryPolicy)):
-            raise InvalidArgument(f"retry is {retry!r}; give a RetryPolicy or None")
-        deltas = (DeltaPolicy() if delta else None) if isinstance(delta, bool) else delta
-        policies = SavePolicies(chunk_bytes, retention, deltas, retry or ONCE, on_failure)
         self._saver = Saver(self._backend, name, self._members, self._lineage, policies)
         self._loads = 0
         self._closed = False
@@ -124,37 +143,34 @@ class CheckpointManager:
 
     @property
     def failed_saves(self) -> int:
-        """How many saves of this manager became no checkpoint, whether the call or the handle told it.
-
-        A call whose arguments are refused (InvalidArgument, UnsupportedType) began none.
-        """
+        """How many saves became no checkpoint. One whose arguments are refused at the call is not counted."""
         return self._saver.health.failed_saves
 
     @property
     def age_of_last_good(self) -> float:
         """Seconds since this manager last made or loaded a checkpoint; before the first, since it was made itself.
 
-        Example: a job that would rather stop than train on for an hour that nothing would keep
+        Example: a job that stops rather than train on
             if manager.age_of_last_good > 3600:
                 raise RuntimeError("nothing was saved for an hour")
         """
         return self._saver.health.age_of_last_good
 
     def prepare(self, state: object) -> None:
-        """Does what depends on the state's structure only, so that the first save finds it done.
-
-        Args:
-            state: as for `save`; no value of it is kept.
-        """
+        """Does what depends on the state's structure only, so that the first save of `state` finds it done."""
         self._check_open()
         self._saver.prepare(state)
 
     def save(self, state: object, step: int, metadata: Json = None) -> CheckpointInfo:
         """Saves and waits for the commit; see `save_async`."""
-        return self.save_async(state, step, metadata).result()
+        self._check_open()
+        return self._saver.start(state, step, metadata, at_once=True).result()
 
     def save_async(self, state: object, step: int, metadata: Json = None) -> SaveHandle:
-        """Takes a snapshot before it returns, and writes and commits it in the background.
+        """Saves the state as it is now; copies what may wait, writes and commits in the background.
+
+        With `consistency="optimizer"` what optimizers own may still be read when this returns, and their next steps
+        wait for that. A loop that changes it by other means chooses "immediate", or calls `before_update` first.
 
         Waits first for a save that is still under way. A failure of that one, if nobody asked for its result, is
         told as `on_failure` says; a CommitConflict is raised, since no later save can succeed.
@@ -167,7 +183,7 @@ class CheckpointManager:
             metadata: JSON that the manifest keeps; its floats may be NaN or infinite.
 
         Returns:
-            A handle with `result(timeout)` and `done()`, which may also be awaited.
+            A handle with `result(timeout)`, `done()`, `staged()` and `add_done_callback`, which may also be awaited.
 
         Raises:
             InvalidArgument: the step does not rise, or an argument is of the wrong kind.
@@ -177,6 +193,39 @@ class CheckpointManager:
         """
         self._check_open()
         return self._saver.start(state, step, metadata)
+
+    def guard(self, *optimizers: torch.optim.Optimizer) -> None:
+        """Says that what these own is changed by their `step()` alone, so that it may be copied late.
+
+        One that has stepped since this manager was made is known already; `CheckpointHook` calls this.
+
+        Raises:
+            InvalidArgument: one is no optimizer.
+        """
+        self._saver.lateness.trust(optimizers)
+
+    def defer(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Names tensors that the loop changes by itself, having called `before_update`: these are copied late, too.
+
+        Args:
+            tensors: of any shape, as they are in the state; for all saves to come. They are not kept alive.
+
+        Raises:
+            InvalidArgument: one is no tensor.
+
+        Example: a moving average of the weights
+            manager.defer(average.parameters())  # once
+            manager.before_update()
+            average.update_parameters(model)
+        """
+        self._saver.lateness.defer(tensors)
+
+    def before_update(self) -> None:
+        """Returns when no save reads what this thread, or its current stream, changes next; at once if none does.
+
+        It raises nothing. What takes longer than `door_timeout` is given up, as before the step of an optimizer.
+        """
+        self._saver.before_update()
 
     def load(
         self,
@@ -257,8 +306,7 @@ class CheckpointManager:
             CheckpointMismatch: a key names nothing, or ranks saved what does not fit into one state.
 
         Example:
-            state = manager.load_checkpoint(step=1000)
-            model.load_state_dict(state["model"])
+            model.load_state_dict(manager.load_checkpoint(step=1000)["model"])
         """
         name = self.name if name is None else name
         check_name(name)
@@ -279,7 +327,7 @@ class CheckpointManager:
 
         One that is damaged, or that needs a later version of this package, is left out; `dtruntime ls` lists it too.
         """
-        return run_sync(_describe_all(self._backend, self.name))
+        return run_sync(describe_all(self._backend, self.name))
 
     def prune(self, dry_run: bool = False) -> PruneReport:
         """Deletes on this process alone what is not to stay; call it on one rank.
@@ -313,8 +361,8 @@ class CheckpointManager:
         Raises:
             CheckpointNotFound: there is no such checkpoint.
         """
-        step = None if step is None else check_step(step)
-        report = run_sync(_verify_step(self._backend, self.name, step))
+        key = None if step is None else run_sync(find_commit(self._backend, self.name, check_step(step)))
+        report = run_sync(verify(self._backend, self.name, key))
         if not report.ok:
             self._lineage.distrust(CommitKey(report.generation, report.step))
         return report
@@ -347,29 +395,4 @@ class CheckpointManager:
         if self._closed:
             raise InvalidArgument("this manager is closed; make another one")
         if os.getpid() != self._process:
-            raise InvalidArgument(
-                "this manager belongs to the process that forked this one; make another one here"
-            )
-
-
-async def _describe_all(backend: StorageBackend, name: str) -> list[CheckpointInfo]:
-    found = []
-    for key in await catalog.commit_keys(backend, name):
-        info = await _describe(backend, name, key)
-        found += [info] if info is not None else []
-    return found
-
-
-async def _describe(backend: StorageBackend, name: str, key: CommitKey) -> CheckpointInfo | None:
-    try:
-        commit = await catalog.read_commit(backend, name, key)
-        if commit.void:
-            return None
-        return CheckpointInfo.of(await catalog.read_manifest(backend, commit), commit.manifest_sha256)
-    except (CorruptCheckpoint, NewerFormat, FileNotFoundError):
-        # Damaged, of a later version, or pruned since it was listed: there is nothing here that can be described.
-        return None
-
-
-async def _verify_step(backend: StorageBackend, name: str, step: int | None) -> VerifyReport:
-    return await verify(backend, name, None if step is None else await find_commit(backend, name, step))
+            raise InvalidArgument("this manager belongs to the process that forked this one; make another")

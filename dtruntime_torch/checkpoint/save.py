@@ -1,7 +1,8 @@
 """The first half of a save, in the caller's thread; `publish` is the second.
 
 Flatten the state, agree on its structure with the other ranks (only when it changed), open the attempt (here only
-for the first save, which may be refused), stage. When `Saver.start` returns, every byte is in the arena and the state may change.
+for the first save, which may be refused), begin to stage. When `Saver.start` returns, only what an optimizer or the user
+has to ask for first may still be read.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -34,9 +36,17 @@ from dtruntime_torch.checkpoint.saving.publish import Publisher
 from dtruntime_torch.checkpoint.saving.save_plan import make_save_plan
 from dtruntime_torch.checkpoint.saving.snapshot import Snapshot
 from dtruntime_torch.checkpoint.specs import FlatSpecs, SavePlan
+from dtruntime_torch.checkpoint.staging.capture import Capture, Patience
+from dtruntime_torch.checkpoint.staging.lateness import Lateness, nothing_late
 from dtruntime_torch.checkpoint.staging.stager import Stager
-from dtruntime_torch.checkpoint.staging.staging import make_room, stage
-from dtruntime_torch.errors import BarrierTimeout, CommitConflict, InvalidArgument, UnsupportedType
+from dtruntime_torch.checkpoint.staging.staging import begin, make_room
+from dtruntime_torch.errors import (
+    BarrierTimeout,
+    CommitConflict,
+    InvalidArgument,
+    TornSnapshot,
+    UnsupportedType,
+)
 from dtruntime_torch.membership import Membership
 from dtruntime_torch.storage import StorageBackend
 
@@ -65,6 +75,7 @@ class Saver:
 
     Attributes:
         health: how the saves have gone.
+        lateness: what they may read late.
     """
 
     def __init__(
@@ -76,6 +87,7 @@ class Saver:
         policies: SavePolicies,
     ) -> None:
         self.health = Health()
+        self.lateness = Lateness(policies.consistency)
         self._policies = policies
         self._members = members
         self._lineage = lineage
@@ -85,6 +97,7 @@ class Saver:
         self._sequence = 0
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dtruntime-save")
         self._handle: SaveHandle | None = None
+        self._capture: Capture | None = None
         self._lock = threading.RLock()
         self._inside: int | None = None  # the thread that is in prepare, start or close
 
@@ -96,8 +109,15 @@ class Saver:
                 self.wait()
                 self._agree(key, flatten_state(state, self._members.rank))
 
-    def start(self, state: object, step: object, metadata: object) -> SaveHandle:
-        """Takes the snapshot and lets the rest go on in the background."""
+    def start(self, state: object, step: object, metadata: object, at_once: bool = False) -> SaveHandle:
+        """Takes the snapshot and lets the rest go on in the background.
+
+        Args:
+            state: the user's.
+            step: the user's.
+            metadata: the user's.
+            at_once: nothing is read late, for the caller waits anyway.
+        """
         with self.alone():
             began = time.perf_counter()
             metrics = SaveMetrics()
@@ -106,12 +126,20 @@ class Saver:
                 self.wait()
                 self._tell_of_failure()
                 metrics.wait_seconds = time.perf_counter() - began
-                with self._counting(refusals=(InvalidArgument, UnsupportedType)):
-                    snapshot = self._take(key, state, check_step(step), check_metadata(metadata), metrics)
-                future = self._executor.submit(self._publish, snapshot)
-            self._handle = SaveHandle(snapshot.step, metrics, future)
-            metrics.stall_seconds = time.perf_counter() - began
+                with self._abandoning():
+                    with self._counting(refusals=(InvalidArgument, UnsupportedType)):
+                        snapshot = self._take(
+                            key, state, check_step(step), check_metadata(metadata), metrics, at_once
+                        )
+                    future = self._executor.submit(self._publish, snapshot)
+            self._handle = SaveHandle(snapshot.step, metrics, future, _staged_query(snapshot.capture))
+            metrics.call_seconds = time.perf_counter() - began
             return self._handle
+
+    def before_update(self) -> None:
+        """Returns when everything may be changed that a save still reads."""
+        if (capture := self._capture) is not None:
+            capture.before_update()
 
     def prune(self, dry_run: bool) -> PruneReport:
         """Deletes what is not to stay, once the save that is under way has ended."""
@@ -182,6 +210,17 @@ class Saver:
             self._decline(key, error)
             raise
 
+    @contextmanager
+    def _abandoning(self) -> Iterator[None]:
+        """Gives up the staging that was begun, if it comes to nothing."""
+        self._capture = None
+        try:
+            yield
+        except BaseException:
+            if self._capture is not None:
+                self._capture.cancel(self._members.barrier.timeout)
+            raise
+
     def _decline(self, key: str, error: BaseException) -> None:
         try:
             # The save before this one may still be meeting.
@@ -191,21 +230,19 @@ class Saver:
         else:
             self._publisher.decline(key, error)
 
-    def _take(self, key: str, state: object, step: int, metadata: Json, metrics: SaveMetrics) -> Snapshot:
+    def _take(
+        self, key: str, state: object, step: int, metadata: Json, metrics: SaveMetrics, at_once: bool
+    ) -> Snapshot:
         self._lineage.check_step(step)
         flat = flatten_state(state, self._members.rank)
         structure = self._agree(key, flat)
         attempt = self._publisher.open(key, step) if self._lineage.generation is None else None
-        began = time.perf_counter()
-        layout = structure.layout
-        members = structure.learnt.members
+        layout, members = structure.layout, structure.learnt.members
         base = self._lineage.base_of(members)
         delta = base is not None and not base.full_next
-        timeout = self._members.barrier.timeout
-        digests = stage(self._stager, layout, flat.tensors, timeout, only_changed=delta)
-        metrics.staging_seconds = time.perf_counter() - began
-        if (staged := self._stager.last) is not None:
-            metrics.staged_bytes, metrics.skipped_chunks = staged.nbytes_copied, staged.chunks_skipped
+        self._capture = self._capture_of(
+            flat, layout, metrics, delta, at_once or self.lateness.is_immediate()
+        )
         return Snapshot(
             key=key,
             step=step,
@@ -213,7 +250,7 @@ class Saver:
             plan=structure.plan,
             layout=layout,
             image=memoryview(self._stager.arena)[: layout.length],
-            digests=digests,
+            capture=self._capture,
             chunk_bytes=self._policies.chunk_bytes,
             values={spec.fqn: flat.values[spec.fqn] for spec in structure.plan.objects},
             metadata=metadata,
@@ -222,6 +259,25 @@ class Saver:
             base=base,
             delta=delta,
         )
+
+    def _capture_of(
+        self, flat: FlatState, layout: Layout, metrics: SaveMetrics, delta: bool, immediate: bool
+    ) -> Capture:
+        may_be_late = nothing_late if immediate else self.lateness.choose_late
+        patience = Patience(self._policies.door_timeout, self._policies.paranoid)
+        capture = begin(
+            self._stager, layout, flat.tensors, may_be_late, patience, metrics, only_changed=delta
+        )
+        timeout = self._members.barrier.timeout
+        try:
+            if immediate:
+                capture.wait(timeout, help=True)
+            else:
+                capture.take_early(timeout)
+        except BaseException:
+            capture.cancel(timeout)
+            raise
+        return capture
 
     def _agree(self, key: str, flat: FlatState) -> Structure:
         known = self._structure
@@ -251,6 +307,8 @@ class Saver:
             if not isinstance(error, BarrierTimeout) or error.decided:
                 # The ranks may have come to differ in structure: the next save asks all of them again.
                 self._structure = None
+            if isinstance(error.__cause__, TornSnapshot):
+                self.lateness.give_up(str(error.__cause__))
             logger.error("a save failed: %s", error)
             _forget_frames(error)
             raise
@@ -279,6 +337,17 @@ class Saver:
             raise failure
         if failure is not None:
             warnings.warn(f"the save before this one failed: {failure}", RuntimeWarning, stacklevel=4)
+
+
+def _staged_query(capture: Capture) -> Callable[[], bool]:
+    """Asks a capture whether all is staged, and keeps neither it nor the arena."""
+    kept = weakref.ref(capture)
+
+    def is_staged() -> bool:
+        there = kept()
+        return there is None or there.staged
+
+    return is_staged
 
 
 def _forget_frames(error: BaseException) -> None:

@@ -23,8 +23,9 @@ class SaveMetrics:
             or was not saved by this manager.
         written_bytes: bytes of the data file that this rank wrote.
         wait_seconds: how long the call waited for the save before it.
-        staging_seconds: how long copying and digesting took.
-        stall_seconds: how long the call took altogether, waiting and staging included.
+        staging_seconds: how long it took until all was copied and digested, in the background for the most part.
+        call_seconds: how long the call took altogether, waiting included.
+        door_seconds: how long steps of optimizers, and `before_update`, waited for what was still to be copied.
         writing_seconds: how long making the part durable took, in the background.
         commit_seconds: how long waiting for the other ranks and committing took, in the background.
     """
@@ -35,17 +36,30 @@ class SaveMetrics:
     written_bytes: int = 0
     wait_seconds: float = 0.0
     staging_seconds: float = 0.0
-    stall_seconds: float = 0.0
+    call_seconds: float = 0.0
+    door_seconds: float = 0.0
     writing_seconds: float = 0.0
     commit_seconds: float = 0.0
+
+    @property
+    def stall_seconds(self) -> float:
+        """How long the save has kept training waiting: the call, and steps after it."""
+        return self.call_seconds + self.door_seconds
 
 
 class SaveHandle:
     """A save that goes on in the background; awaitable."""
 
-    def __init__(self, step: int, metrics: SaveMetrics, future: Future[CheckpointInfo]) -> None:
+    def __init__(
+        self,
+        step: int,
+        metrics: SaveMetrics,
+        future: Future[CheckpointInfo],
+        is_staged: Callable[[], bool],
+    ) -> None:
         self.step = step
         self.metrics = metrics
+        self._is_staged = is_staged
         self._future = future
         self._seen = False
 
@@ -78,6 +92,10 @@ class SaveHandle:
     def done(self) -> bool:
         """Whether the save has ended, well or not."""
         return self._future.done()
+
+    def staged(self) -> bool:
+        """Whether nothing of the state is read any more, so that it may be changed in any way."""
+        return self._is_staged()
 
     def add_done_callback(self, callback: Callable[[SaveHandle], object]) -> None:
         """Calls `callback(self)` when the save has ended, in the thread that ends it."""

@@ -179,11 +179,12 @@ class Publisher:
         if attempt.step != snapshot.step:
             raise InvalidArgument(f"it saves step {snapshot.step} while rank 0 saves step {attempt.step}")
         base, metrics = snapshot.base, snapshot.metrics
-        changes = None if base is None else _compare(snapshot, base)
+        digests = snapshot.capture.wait(self._members.barrier.timeout)
+        changes = None if base is None else _compare(snapshot, digests, base)
         delta = changes if as_delta else None
         if snapshot.delta and delta is None:
             # Most of this was not copied just now, and was last looked at when it was.
-            snapshot.check_image()
+            snapshot.check_image(digests)
         shard = run_sync(
             shard_file.write_shard(
                 self._backend,
@@ -192,7 +193,7 @@ class Publisher:
                 snapshot.plan,
                 snapshot.layout,
                 snapshot.image,
-                snapshot.digests,
+                digests,
                 snapshot.chunk_bytes,
                 snapshot.values,
                 delta,
@@ -283,5 +284,5 @@ def _encode(attempt: Attempt) -> bytes:
     return json.dumps(asdict(attempt)).encode()
 
 
-def _compare(snapshot: Snapshot, base: Base) -> Delta:
-    return make_delta(base.part, snapshot.layout, snapshot.digests, len(shard_file.DELTA_HEADER))
+def _compare(snapshot: Snapshot, digests: bytes, base: Base) -> Delta:
+    return make_delta(base.part, snapshot.layout, digests, len(shard_file.DELTA_HEADER))

@@ -12,6 +12,7 @@ from dtruntime_torch.checkpoint.saving.delta import Base
 from dtruntime_torch.checkpoint.saving.handle import SaveMetrics
 from dtruntime_torch.checkpoint.saving.layout import Layout
 from dtruntime_torch.checkpoint.specs import Members, SavePlan, digest_length
+from dtruntime_torch.checkpoint.staging.capture import Capture
 from dtruntime_torch.errors import SaveFailed
 
 
@@ -25,8 +26,8 @@ class Snapshot:
         members: who holds what.
         plan: what this rank writes.
         layout: where it lies in `image`.
-        image: the data file of a full save, ready to be written; unchanged until the save has ended.
-        digests: of its chunks, in the order of the layout.
+        image: the data file of a full save, which is there when `capture` says so; unchanged until the save has ended.
+        capture: fills the image, perhaps still, and knows the digests of its chunks, in the order of the layout.
         chunk_bytes: bytes of a chunk.
         values: fqn -> encoded object, for the objects of the plan.
         metadata: the user's.
@@ -43,7 +44,7 @@ class Snapshot:
     plan: SavePlan
     layout: Layout
     image: memoryview
-    digests: bytes
+    capture: Capture
     chunk_bytes: int
     values: Mapping[str, Json]
     metadata: Json
@@ -57,8 +58,11 @@ class Snapshot:
         """Bytes of all tensors."""
         return sum(slot.nbytes for slot in self.layout.slots)
 
-    def check_image(self) -> None:
+    def check_image(self, digests: bytes) -> None:
         """Digests what lies in the image again.
+
+        Args:
+            digests: what they were.
 
         Raises:
             SaveFailed: memory is no longer what was put there.
@@ -67,12 +71,12 @@ class Snapshot:
         found = _C.digest_ranges(
             self.image, [slot.offset for slot in slots], [slot.nbytes for slot in slots], self.chunk_bytes
         )
-        if found == self.digests:
+        if found == digests:
             return
         start = 0
         for slot in slots:
             stop = start + digest_length(slot.nbytes, self.chunk_bytes)
-            if found[start:stop] != self.digests[start:stop]:
+            if found[start:stop] != digests[start:stop]:
                 raise SaveFailed(
                     f"staging memory that holds {slot.item.spec.fqn!r} changed since it was filled, so this save is "
                     f"given up; suspect the memory of this machine, or code that writes where it should not"

@@ -27,7 +27,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -79,7 +79,7 @@ class Stager:
         if chunk_bytes < 1 or (threads is not None and threads < 1):
             raise InvalidArgument(f"chunk_bytes is {chunk_bytes} and threads {threads}; both are at least 1")
         self.arena = arena
-        self._chunk_bytes = chunk_bytes
+        self.chunk_bytes = chunk_bytes
         self._threads = threads
         self._find_device = find_device
         self._running: Staging | None = None
@@ -89,7 +89,13 @@ class Stager:
         """The staging that was started last, if that went well."""
         return self._running
 
-    def start(self, pairs: Sequence[Pair], only_changed: bool = False, names: Sequence[str] = ()) -> Staging:
+    def start(
+        self,
+        pairs: Sequence[Pair],
+        only_changed: bool = False,
+        names: Sequence[str] = (),
+        late: Collection[int] = (),
+    ) -> Staging:
         """Starts to copy each source to its place. See above for when it may be overwritten.
 
         Args:
@@ -100,6 +106,7 @@ class Stager:
                 background, at the places and of the lengths of the staging before this. Where nothing is known of
                 the arena, all is copied.
             names: of the pairs, for messages; if none are given, they are numbered.
+            late: pairs
 
         Raises:
             InvalidArgument: the staging before this one has not ended, or a pair cannot be copied; it is named.
@@ -119,12 +126,12 @@ class Stager:
             [sources.tensors[number].data_ptr() for number in sources.native],
             [sources.lengths[number] for number in sources.native],
             [sources.offsets[number] for number in sources.native],
-            self._chunk_bytes,
+            self.chunk_bytes,
             threads,
-            None if known is None else sources.of_some(sources.native, known, self._chunk_bytes),
+            None if known is None else sources.of_some(sources.native, known, self.chunk_bytes),
         )
         try:
-            self._running = Staging(self.arena, sources, job, self._chunk_bytes, threads)
+            self._running = Staging(self.arena, sources, job, self.chunk_bytes, threads)
             self._running._enqueue(known)
         except BaseException:
             job.cancel()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from dtruntime_torch import _C
+from dtruntime_torch.checkpoint.saving.handle import SaveMetrics
 from dtruntime_torch.checkpoint.saving.layout import Layout
+from dtruntime_torch.checkpoint.staging.capture import Capture, Late, Patience
 from dtruntime_torch.checkpoint.staging.stager import Stager
 
 logger = logging.getLogger(__name__)
@@ -54,38 +56,41 @@ def _resize(arena: _C.Arena, nbytes: int) -> bool:
     return True
 
 
-def stage(
+def begin(
     stager: Stager,
     layout: Layout,
     tensors: Mapping[str, torch.Tensor],
-    timeout: float | None = None,
+    may_be_late: Callable[[Sequence[torch.Tensor]], Late],
+    patience: Patience,
+    metrics: SaveMetrics,
     only_changed: bool = False,
-) -> bytes:
-    """Makes the stager's arena the image of a data file.
+) -> Capture:
+    """Begins to make the stager's arena the image of a data file.
 
-    Returns when every byte is in the arena: the tensors may change from then on. After an error the arena may be
-    used again, and the next staging copies all. `stager.last` says how much was copied.
+    The tensors may change when the capture says so. After an error, here or there, the arena may be used again, and
+    the next staging copies all.
 
     Args:
         stager: its arena holds at least `layout.length` bytes.
         layout: where each tensor goes.
         tensors: fqn -> this rank's shard, on any device, of any stride.
-        timeout: seconds to wait; None waits as long as it takes.
+        may_be_late: tells which of the tensors that it is given may be read when this has returned.
+        patience: how these are treated.
+        metrics: told what it cost.
         only_changed: leaves the chunks alone that the arena holds since the staging before, if it was of this
             layout and ended well.
 
-    Returns:
-        The XXH3-128 digests of all chunks, in the order of `layout.slots`, 16 bytes each.
-
     Raises:
-        BarrierTimeout: not all bytes are there yet.
-        SaveFailed: a device failed, or what arrived from it is not what it sent; it names the tensors.
+        SaveFailed: a device refused a copy; it names the tensor.
     """
-    pairs = [(tensors[slot.item.spec.fqn], slot.offset) for slot in layout.slots]
-    staging = stager.start(pairs, only_changed, [slot.item.spec.fqn for slot in layout.slots])
+    names = [slot.item.spec.fqn for slot in layout.slots]
+    sources = [tensors[name] for name in names]
+    late = may_be_late(sources)
+    pairs = list(zip(sources, [slot.offset for slot in layout.slots], strict=True))
+    staging = stager.start(pairs, only_changed, names, late.numbers)
     try:
         memoryview(stager.arena)[: len(layout.header)] = layout.header
-        return staging.wait(timeout)
+        return Capture(staging, sources, names, late, patience, stager.chunk_bytes, metrics)
     except BaseException:
-        staging.cancel(timeout)
+        staging.cancel()
         raise

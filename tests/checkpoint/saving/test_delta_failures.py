@@ -85,16 +85,17 @@ def declined_after_staging(backend, ranks):
 
 
 def torn(backend, ranks):
-    stage, stager = save.stage, ranks[1].saver._stager
+    begin, stager = save.begin, ranks[1].saver._stager
 
     def tear(at, *args, **more):
-        digests = stage(at, *args, **more)
+        capture = begin(at, *args, **more)
         if at is stager:
-            save.stage = stage
+            save.begin = begin
+            capture.wait(60)
             raise SaveFailed("the state changed while it was copied")
-        return digests
+        return capture
 
-    save.stage = tear
+    save.begin = tear
     return SaveFailed
 
 

@@ -10,10 +10,13 @@ import torch
 from safetensors.torch import load
 
 from dtruntime_torch import _C
+from dtruntime_torch.checkpoint.saving.handle import SaveMetrics
 from dtruntime_torch.checkpoint.saving.layout import Layout, make_layout
 from dtruntime_torch.checkpoint.specs import SavePlan, TensorSpec, WriteItem
+from dtruntime_torch.checkpoint.staging.capture import Patience
+from dtruntime_torch.checkpoint.staging.lateness import nothing_late
 from dtruntime_torch.checkpoint.staging.stager import Stager
-from dtruntime_torch.checkpoint.staging.staging import make_room, stage
+from dtruntime_torch.checkpoint.staging.staging import begin, make_room
 from dtruntime_torch.errors import BarrierTimeout
 from tests.checkpoint.patient_job import PatientJob
 from tests.checkpoint.staging.late_device import LateDevice
@@ -37,6 +40,18 @@ def layout_of(tensors: dict[str, torch.Tensor]) -> Layout:
 
     specs = [spec(index, fqn, tensor) for index, (fqn, tensor) in enumerate(tensors.items())]
     return make_layout(SavePlan(0, 1, tuple(WriteItem(spec, spec.fqn) for spec in specs), (), ()))
+
+
+def stage(
+    stager: Stager,
+    layout: Layout,
+    tensors: dict[str, torch.Tensor],
+    timeout: float | None = None,
+    only_changed: bool = False,
+) -> bytes:
+    patience = Patience(seconds=0)
+    capture = begin(stager, layout, tensors, nothing_late, patience, SaveMetrics(), only_changed)
+    return capture.wait(timeout, help=True)
 
 
 def test_stock_safetensors_reads_the_arena():

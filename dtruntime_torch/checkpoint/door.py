@@ -1,0 +1,186 @@
+"""The optimizer's door: which memory only an optimizer's step changes, and what has to be done before it does.
+
+torch calls its global pre-hooks in front of the step of every optimizer of the process, also of compiled ones. So what
+belongs to an optimizer that was seen there, its parameters and their state, may still be read while forward and backward
+run: whoever reads it is asked here before the step goes on. What else a training loop changes nobody can know of.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]  # not in its __all__
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from dtruntime_torch.checkpoint.state.local_shard import local_part
+from dtruntime_torch.checkpoint.state.wrappers import innermost
+
+# A compiled function that holds `optimizer.step()` as a whole cannot be interrupted for the door, and torch says so.
+_COMPILED = "a checkpoint may still be read: compile optimizer.step, or save with consistency='immediate'"
+
+_PLAIN = (torch.nn.Parameter, torch.Tensor)
+
+
+class Reader(Protocol):
+    """Who still reads memory of optimizers."""
+
+    def before_step(self, storages: Collection[int] | None) -> None:
+        """Returns when a step may change memory, and raises nothing.
+
+        Args:
+            storages: addresses of the storages that it may change; None for those of all optimizers.
+        """
+
+
+class OwnedMemory:
+    """Memory that the steps of some optimizers change, and nothing else that is known of.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.zeros(6))
+        >>> owned = OwnedMemory([torch.optim.SGD([weight])])
+        >>> weight.detach() in owned, weight.detach()[2:4] in owned, torch.zeros(6) in owned
+        (True, True, False)
+    """
+
+    def __init__(self, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
+        self._stops: dict[int, dict[int, int]] = (
+            {}
+        )  # address of a storage -> first byte of a tensor in it -> behind its last
+        for optimizer in optimizers:
+            for tensor in _tensors_of(optimizer):
+                self.add(tensor)
+
+    def add(self, tensor: torch.Tensor) -> None:
+        """Adds the memory of a tensor, if it is on this rank, in one piece."""
+        for part in parts_of(tensor):
+            start = part.data_ptr()
+            stops = self._stops.setdefault(storage_of(part), {})
+            stops[start] = max(stops.get(start, 0), start + part.nbytes)
+
+    def __contains__(self, tensor: torch.Tensor) -> bool:
+        """Whether all bytes of a plain contiguous tensor belong to one tensor of an optimizer."""
+        stops = self._stops.get(storage_of(tensor))
+        if stops is None:
+            return False
+        start = tensor.data_ptr()
+        stop = start + tensor.nbytes
+        return stops.get(start, 0) >= stop or any(
+            first <= start and stop <= last for first, last in stops.items()
+        )
+
+    @property
+    def storages(self) -> Collection[int]:
+        """Addresses of the storages that it lies in."""
+        return self._stops.keys()
+
+
+class Door:
+    """In front of the optimizers of a process; `DOOR` is the one there is. Its methods may be called from any thread.
+
+    Attributes:
+        bypassed: a step was captured in a CUDA graph: when that is replayed, nobody comes by here.
+    """
+
+    def __init__(self) -> None:
+        self.bypassed = False
+        self._stands = False
+        self._lock = threading.Lock()
+        self._known: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._readers: tuple[Reader, ...] = ()
+        os.register_at_fork(after_in_child=self._forget)
+
+    def stand(self) -> None:
+        """From now on no optimizer steps without coming by here; called again it does nothing."""
+        with self._lock:
+            if not self._stands:
+                register_optimizer_step_pre_hook(self._hook)
+                self._stands = True
+
+    def trust(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        """Takes these for optimizers that will come by here, before they have done so."""
+        with self._lock:
+            self._known.update(optimizers)
+
+    def owned(self) -> OwnedMemory:
+        """The memory of the optimizers that have come by here, as it is now."""
+        with self._lock:
+            known = list(self._known)
+        return OwnedMemory(known)
+
+    def hold(self, reader: Reader) -> None:
+        """Asks a reader before each step, until `let_go`."""
+        with self._lock:
+            self._readers = (*self._readers, reader)
+
+    def let_go(self, reader: Reader) -> None:
+        """Asks it no more; does nothing if it is not held."""
+        with self._lock:
+            self._readers = tuple(one for one in self._readers if one is not reader)
+
+    def _hook(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        _pass(self, optimizer)
+
+    def _come_by(self, optimizer: torch.optim.Optimizer) -> None:
+        with self._lock:
+            self._known.add(optimizer)
+            alone, readers = len(self._known) == 1, self._readers
+        if _is_capturing():
+            self.bypassed = True
+        if readers:
+            # What a single optimizer does not own nobody waits for here, so there is nothing to be looked up.
+            storages = None if alone else OwnedMemory([optimizer]).storages
+            for reader in readers:
+                reader.before_step(storages)
+
+    def _forget(self) -> None:
+        """In a forked child: nothing is read here."""
+        self._lock = threading.Lock()
+        self._readers = ()
+
+
+@torch.compiler.disable(reason=_COMPILED)  # type: ignore[no-untyped-call, untyped-decorator]
+def _pass(door: Door, optimizer: torch.optim.Optimizer) -> None:
+    door._come_by(optimizer)
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """The address of a plain tensor's storage."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def _tensors_of(optimizer: Any) -> Iterator[torch.Tensor]:
+    """Its parameters, and the tensors that its state has for each of them at once."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            yield parameter
+            entry = optimizer.state.get(parameter)
+            if isinstance(entry, dict):
+                yield from (value for value in entry.values() if isinstance(value, torch.Tensor))
+
+
+def parts_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The plain tensors in a tensor that have memory on this rank in one piece."""
+    for part in _plain_parts(tensor):
+        if part.layout is torch.strided and not part.is_meta and part.is_contiguous() and part.nbytes:
+            yield part
+
+
+def _plain_parts(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
+    if type(tensor) in _PLAIN:
+        return (tensor,)
+    if isinstance(tensor, UninitializedTensorMixin):
+        return ()
+    return [part for _, part in innermost(local_part(tensor), "")]
+
+
+def _is_capturing() -> bool:
+    # Asked of a process without a context it would be false, too, but not for nothing.
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
+
+
+DOOR = Door()

@@ -1,0 +1,58 @@
+"""Notices that host memory was changed while it was being staged, and nobody had asked.
+
+The version that torch counts for a tensor proves a change if it moved. If it did not, that proves nothing: fused and foreach
+optimizers, `.data` and BatchNorm's statistics change memory without it. Digests taken before notice every change that
+reached the copy, at the price of reading the memory once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+
+from dtruntime_torch import ops  # noqa: F401  # registers torch.ops.dtruntime
+
+
+class Watch:
+    """Of some tensors, from now on until each is let go.
+
+    Args:
+        tensors: plain contiguous ones in host memory, by number.
+        chunk_bytes: bytes of a chunk.
+        by_digest: digests them now.
+
+    Example:
+        >>> weight = torch.zeros(4)
+        >>> watch = Watch({7: weight}, chunk_bytes=4096)
+        >>> _ = weight.add_(1)
+        >>> watch.let_go([7]), watch.let_go([7])
+        ([7], [])
+    """
+
+    def __init__(
+        self, tensors: Mapping[int, torch.Tensor], chunk_bytes: int, by_digest: bool = False
+    ) -> None:
+        self._versions = {
+            number: (tensor, tensor._version)
+            for number, tensor in tensors.items()
+            if not tensor.is_inference()
+        }
+        self._digests = {
+            number: torch.ops.dtruntime.digest(tensor, chunk_bytes).numpy().tobytes()
+            for number, tensor in tensors.items()
+            if by_digest
+        }
+
+    def let_go(self, numbers: Collection[int]) -> list[int]:
+        """From now on these may change; says which of them did already."""
+        watched = [(number, self._versions.pop(number)) for number in numbers if number in self._versions]
+        return [number for number, (tensor, version) in watched if tensor._version != version]
+
+    def differ(self, arrived: Mapping[int, bytes]) -> list[int]:
+        """Says of which tensors something else arrived than was there.
+
+        Args:
+            arrived: number -> digests of what arrived, of any pairs.
+        """
+        return [number for number, before in self._digests.items() if arrived[number] != before]
