@@ -5,7 +5,7 @@ arriving is irrevocable, and the leader alone decides, once, whether it acts. A 
 whether the act took place, and an error tells when it does not. The price: a leader that dies leaves the others
 without an answer until their time is up.
 
-Keys of a meeting: `<key>/arrived/<rank>`, `/begun`, `/decision`, `/answer`, `/departed/<rank>`. The leader deletes
+Keys of a meeting: `<key>/arrived/<rank>`, `/begun`, `/void`, `/decision`, `/answer`, `/departed/<rank>`. The leader deletes
 them only when all have departed, so that who is late finds the decision, however late.
 """
 
@@ -61,6 +61,7 @@ class Barrier:
         self.world_size = world_size
         self.timeout = timeout
         self._followers = range(1, world_size)
+        self._store = store
         self._client = StoreClient(store)
         self._undeleted: list[str] = []
 
@@ -130,6 +131,22 @@ class Barrier:
             self._client.create(f"{key}/answer", error)
             self._client.create(f"{key}/decision", _ACT)
         self._depart(key)
+
+    def void(self, key: str, reason: DTRuntimeError) -> None:
+        """Says, irrevocably, that a meeting that this rank declines will not come about; see `voided`."""
+        self._client.create(f"{key}/void", encode_error(reason))
+        self.decline(key, reason)
+
+    def voided(self, key: str) -> DTRuntimeError | None:
+        """Why a meeting will not come about, if a rank said so and not all have departed."""
+        if not self._client.exist([f"{key}/void"]):
+            return None
+        reason = decode(self._client.read(f"{key}/void"))
+        return reason if isinstance(reason, DTRuntimeError) else None
+
+    def beside(self) -> Barrier:
+        """Another of the same ranks, for another thread."""
+        return Barrier(self._store, self.rank, self.world_size, self.timeout)
 
     def begin(self, key: str) -> None:
         """Says that this rank is on its way to a meeting, without arriving there."""
@@ -280,7 +297,7 @@ class Barrier:
         remaining = []
         for key in dict.fromkeys(self._undeleted):
             if self._client.exist([f"{key}/departed/{rank}" for rank in self._followers]):
-                self._client.delete(f"{key}/{name}" for name in ("begun", "decision", "answer"))
+                self._client.delete(f"{key}/{name}" for name in ("begun", "decision", "answer", "void"))
                 for rank in range(self.world_size):
                     self._client.delete((f"{key}/arrived/{rank}", f"{key}/departed/{rank}"))
             else:

@@ -329,7 +329,7 @@ def test_nothing_is_late_in_an_immediate_save(by, tmp_path, jobs):
     step(model, torch.optim.SGD(model.parameters(), lr=0.1))
     jobs.release()
     consistency = "immediate" if by == "consistency" else "optimizer"
-    with dt.CheckpointManager(tmp_path, consistency=consistency) as manager:
+    with dt.CheckpointManager(tmp_path, consistency=consistency, timeout=30) as manager:
         if by == "consistency":
             handle, expected = save(manager, model)
             assert handle.staged()
@@ -371,7 +371,10 @@ def test_two_managers_are_both_waited_for(tmp_path, jobs):
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     step(model, optimizer)
-    with dt.CheckpointManager(tmp_path / "one") as one, dt.CheckpointManager(tmp_path / "two") as two:
+    with (
+        dt.CheckpointManager(tmp_path / "one", timeout=30) as one,
+        dt.CheckpointManager(tmp_path / "two", timeout=30) as two,
+    ):
         saves = [(manager, *save(manager, model)) for manager in (one, two)]
         step(model, optimizer)
         jobs.release()

@@ -82,7 +82,7 @@ def test_a_change_that_torch_counts_fails_the_save_and_names_the_tensor(change, 
 
 @pytest.mark.parametrize("change", [by_hand, by_data, by_fused_kernel, by_first_step_of_sam])
 def test_paranoid_saves_find_every_change_and_name_the_tensor(change, tmp_path, jobs):
-    with dt.CheckpointManager(tmp_path, paranoid=True) as manager:
+    with dt.CheckpointManager(tmp_path, paranoid=True, timeout=30) as manager:
         assert "model.0.weight changed while a save read it" in fail(manager, jobs, change)
 
 
@@ -97,7 +97,7 @@ def test_a_change_that_torch_does_not_count_is_none_to_its_counter(change):
 
 def test_a_paranoid_save_of_what_did_not_change_succeeds(tmp_path, jobs):
     model, optimizer = trained()
-    with dt.CheckpointManager(tmp_path, paranoid=True) as manager:
+    with dt.CheckpointManager(tmp_path, paranoid=True, timeout=30) as manager:
         expected = copy_of(model.state_dict())
         handle = manager.save_async({"model": model}, 1)
         optimizer.step()

@@ -44,6 +44,7 @@ from dtruntime_torch.errors import (
     BarrierTimeout,
     CommitConflict,
     InvalidArgument,
+    SaveSkipped,
     TornSnapshot,
     UnsupportedType,
 )
@@ -118,23 +119,41 @@ class Saver:
             metadata: the user's.
             at_once: nothing is read late, for the caller waits anyway.
         """
+        began, metrics = time.perf_counter(), SaveMetrics()
         with self.alone():
-            began = time.perf_counter()
-            metrics = SaveMetrics()
             key = self._next_key()
-            with self._declining(key):
-                self.wait()
-                self._tell_of_failure()
-                metrics.wait_seconds = time.perf_counter() - began
-                with self._abandoning():
-                    with self._counting(refusals=(InvalidArgument, UnsupportedType)):
-                        snapshot = self._take(
-                            key, state, check_step(step), check_metadata(metadata), metrics, at_once
-                        )
-                    future = self._executor.submit(self._publish, snapshot)
-            self._handle = SaveHandle(snapshot.step, metrics, future, _staged_query(snapshot.capture))
+            try:
+                with self._declining(key):
+                    handle = self._start(key, state, step, metadata, metrics, at_once)
+            except SaveSkipped as reason:
+                handle = SaveHandle.failed(check_step(step), metrics, reason)
             metrics.call_seconds = time.perf_counter() - began
-            return self._handle
+            return handle
+
+    def _start(
+        self, key: str, state: object, step: object, metadata: object, metrics: SaveMetrics, at_once: bool
+    ) -> SaveHandle:
+        number, notes = check_step(step), check_metadata(metadata)
+        if self._policies.on_busy == "skip" and not at_once:
+            self._skip_if_busy(key, number)
+        began = time.perf_counter()
+        self.wait()
+        metrics.wait_seconds = time.perf_counter() - began
+        self._tell_of_failure()
+        with self._abandoning():
+            with self._counting(refusals=(InvalidArgument, UnsupportedType, SaveSkipped)):
+                snapshot = self._take(key, state, number, notes, metrics, at_once)
+            future = self._executor.submit(self._publish, snapshot)
+        self._handle = SaveHandle(number, metrics, future, _staged_query(snapshot.capture))
+        return self._handle
+
+    def _skip_if_busy(self, key: str, step: int) -> None:
+        busy = self._handle
+        if busy is not None and not busy.done():
+            rank = self._members.rank
+            reason = SaveSkipped(f"step {step} is not saved: rank {rank} was still saving step {busy.step}")
+            self._publisher.skip(key, reason)
+            raise reason
 
     def before_update(self) -> None:
         """Returns when everything may be changed that a save still reads."""
@@ -205,6 +224,8 @@ class Saver:
         """Tells the other ranks if this one takes no part, so that none waits for it in vain."""
         try:
             yield
+        except SaveSkipped:
+            raise  # who skips has told the others
         except BaseException as error:
             self._structure = None
             self._decline(key, error)
@@ -299,10 +320,13 @@ class Saver:
 
     def _publish(self, snapshot: Snapshot) -> CheckpointInfo:
         try:
-            with self._counting():
+            with self._counting(refusals=(SaveSkipped,)):
                 info = self._publisher.publish(snapshot)
             self.health.note_good()
             return info
+        except SaveSkipped as reason:
+            logger.info("%s", reason)
+            raise
         except BaseException as error:
             if not isinstance(error, BarrierTimeout) or error.decided:
                 # The ranks may have come to differ in structure: the next save asks all of them again.
@@ -313,9 +337,16 @@ class Saver:
             _forget_frames(error)
             raise
         finally:
+            self._end_capture(snapshot.capture)
             # A backend that never came back may still read it.
             with suppress(BufferError):
                 snapshot.image.release()
+
+    def _end_capture(self, capture: Capture) -> None:
+        try:
+            capture.cancel(self._members.barrier.timeout)
+        except BarrierTimeout as error:
+            logger.error("staging memory cannot be used again yet: %s", error)
 
     @contextmanager
     def _counting(self, refusals: tuple[type[Exception], ...] = ()) -> Iterator[None]:
@@ -336,7 +367,7 @@ class Saver:
             self._handle.mark_seen()
             raise failure
         if failure is not None:
-            warnings.warn(f"the save before this one failed: {failure}", RuntimeWarning, stacklevel=4)
+            warnings.warn(f"the save before this one failed: {failure}", RuntimeWarning, stacklevel=5)
 
 
 def _staged_query(capture: Capture) -> Callable[[], bool]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dtruntime_torch.checkpoint.info import CheckpointInfo
-from dtruntime_torch.errors import BarrierTimeout
+from dtruntime_torch.errors import BarrierTimeout, SaveSkipped
 
 
 @dataclass(slots=True)
@@ -63,6 +63,13 @@ class SaveHandle:
         self._future = future
         self._seen = False
 
+    @classmethod
+    def failed(cls, step: int, metrics: SaveMetrics, reason: Exception) -> SaveHandle:
+        """Of a save that was not begun."""
+        future: Future[CheckpointInfo] = Future()
+        future.set_exception(reason)
+        return cls(step, metrics, future, lambda: True)
+
     def result(self, timeout: float | None = None) -> CheckpointInfo:
         """Waits for the commit.
 
@@ -71,6 +78,7 @@ class SaveHandle:
 
         Raises:
             BarrierTimeout: the save still goes on after `timeout` seconds.
+            SaveSkipped: the one before it was still under way, on some rank, and `on_busy` is "skip".
             DTRuntimeError: the save failed, with the reason.
         """
         if wait([self._future], timeout).not_done:
@@ -106,7 +114,11 @@ class SaveHandle:
         self._seen = True
 
     def unseen_failure(self) -> BaseException | None:
-        """The error of a save that has ended and whose failure nobody was told of by `result` or `await`."""
+        """The error of a save that has ended and whose failure nobody was told of by `result` or `await`.
+
+        That one was skipped is none: the user asked for it.
+        """
         if self._seen or not self._future.done():
             return None
-        return self._future.exception()
+        failure = self._future.exception()
+        return None if isinstance(failure, SaveSkipped) else failure

@@ -30,8 +30,10 @@ from dtruntime_torch.errors import (
     BarrierTimeout,
     CommitConflict,
     CommitUnknown,
+    DTRuntimeError,
     InvalidArgument,
     SaveFailed,
+    SaveSkipped,
     StoreUnreachable,
 )
 from dtruntime_torch.membership import Membership
@@ -85,6 +87,8 @@ class Publisher:
         self._lineage = lineage
         self._leader = Leader(backend, name, members, lineage, policies)
         self._policies = policies
+        # For the training thread, while the background waits at the other.
+        self._aside = members.barrier.beside() if policies.on_busy == "skip" else None
         self._leftovers: list[Attempt] = []
 
     def open(self, key: str, step: int) -> Attempt:
@@ -116,6 +120,10 @@ class Publisher:
             error: why. Where this rank has arrived already, that stands.
         """
         rank, barrier = self._members.rank, self._members.barrier
+        if isinstance(error, SaveSkipped):
+            # What all are told already.
+            barrier.decline(f"{key}/commit", error)
+            return
         message = errors.to_record(error)["message"]
         # On what other ranks say, the barrier puts who they are.
         refusal = SaveFailed(message if rank else f"rank 0 takes no part in this save: {message}")
@@ -129,6 +137,19 @@ class Publisher:
         except StoreUnreachable as unheard:
             # What went wrong first is what the caller has to know.
             logger.warning("the other ranks could not be told that this one failed: %s", unheard)
+
+    def skip(self, key: str, reason: SaveSkipped) -> None:
+        """Makes a save fail on all ranks at once, while this one still publishes the one before it.
+
+        Args:
+            key: the save's prefix in the Store.
+            reason: what they are told.
+        """
+        assert self._aside is not None
+        self._aside.void(f"{key}/commit", reason)
+        self._aside.decline(f"{key}/groups", reason)
+        if self._members.rank == 0:
+            self._aside.decline(f"{key}/attempt", reason)
 
     def prune(self, dry_run: bool) -> PruneReport:
         """As `Leader.prune`, on this process alone; while nothing is being saved."""
@@ -149,6 +170,7 @@ class Publisher:
         while True:
             try:
                 attempt = attempt or self.open(key, snapshot.step)
+                self._check_not_skipped(key)
                 tried = self._write(snapshot, attempt, delta)
             except BaseException as error:
                 self.decline(key, error)
@@ -163,6 +185,10 @@ class Publisher:
             time.sleep(answer.delay)
             attempt, delta = answer.attempt, not answer.full
             key = f"{snapshot.key}/{attempt.number}"
+
+    def _check_not_skipped(self, key: str) -> None:
+        if self._aside is not None and (reason := self._members.barrier.voided(f"{key}/commit")) is not None:
+            raise reason
 
     def _write(self, snapshot: Snapshot, attempt: Attempt, delta: bool) -> Try:
         """Makes this rank's part durable."""
@@ -221,9 +247,17 @@ class Publisher:
                 tried.attempt, tried.delta, snapshot.metadata, arrivals, tries
             ).encode()
 
+        def interrupt() -> DTRuntimeError | None:
+            return self._members.barrier.voided(f"{key}/commit")
+
+        # One rank that looks is enough, for it tells all.
+        looks = self._aside is not None and self._members.rank == 0
         began = time.perf_counter()
         try:
-            return Answer.decode(self._members.barrier.meet(f"{key}/commit", tried.arrival.encode(), act))
+            answer = self._members.barrier.meet(
+                f"{key}/commit", tried.arrival.encode(), act, interrupt if looks else None
+            )
+            return Answer.decode(answer)
         except BarrierTimeout as error:
             if error.decided:
                 self._give_back(tried.attempt)

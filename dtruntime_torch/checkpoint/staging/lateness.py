@@ -71,7 +71,7 @@ class Lateness:
             warnings.warn(
                 f"saves now wait until all is staged, as with consistency='immediate': {self._lost}",
                 RuntimeWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
         return bool(self._lost)
 
