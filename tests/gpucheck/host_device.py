@@ -117,6 +117,9 @@ class HostBench:
     def stager(self, arena: _C.Arena, chunk_bytes: int) -> Stager:
         return Stager(arena, chunk_bytes, find_device=lambda tensor: StagingSide(self))
 
+    def staging_device(self) -> StagingSide:
+        return StagingSide(self)
+
     def digest(self, tensor: torch.Tensor, chunk_bytes: int) -> torch.Tensor:
         self._spend(tensor.nbytes / SPEED["digest"] / 1e9)
         digests: torch.Tensor = torch.ops.dtruntime.digest(tensor, chunk_bytes)

@@ -55,7 +55,7 @@ def test_the_report_has_every_check_and_metric(whole_run):
     assert {"cpu", "kernel", "torch", "python", "compiler", "cuda", "date"} <= set(report["machine"])
     names = [check["name"].partition("/")[0] for check in report["checks"]]
     assert set(names) == {
-        *("digest", "copy", "side stream", "other device", "graph", "changes", "staging", "overlap"),
+        *("digest", "copy", "side stream", "other device", "graph", "changes", "staging", "tear", "overlap"),
         "delta staging",
     }
     assert report["not_run"] == []
