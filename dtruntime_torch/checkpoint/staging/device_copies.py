@@ -22,7 +22,8 @@ class DeviceCopies(DeviceWork):
 
     Args:
         device: where the sources are.
-        image: the arena's bytes, as uint8.
+        arena: where to.
+        image: its bytes, as uint8.
         sources: number of the pair -> source and its offset in the image.
         chunk_bytes: bytes of a chunk.
         name: names pairs in a message.
@@ -34,13 +35,14 @@ class DeviceCopies(DeviceWork):
     def __init__(
         self,
         device: Device,
+        arena: _C.Arena,
         image: torch.Tensor,
         sources: Placed,
         chunk_bytes: int,
         name: PairNames,
     ) -> None:
         super().__init__(device, sources, chunk_bytes, name)
-        with self.enqueuing(digest=device.has_kernels()) as (pieces, _):
+        with self.enqueuing(digest=device.has_kernels(), pinned=device.can_write(arena)) as (pieces, _):
             for pair, source, offset in _copies(pieces, self.offsets):
                 with self.reported(pair):
                     device.copy(image[offset : offset + source.nbytes], source)

@@ -10,6 +10,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
+import torch
+
 from dtruntime_torch import _C
 from dtruntime_torch.checkpoint.specs import DIGEST_BYTES
 from dtruntime_torch.checkpoint.staging.chunk_table import ChunkTable, cut_lists
@@ -20,7 +22,10 @@ from dtruntime_torch.ops import CHUNKS_LIMIT
 
 
 class DeviceDigests:
-    """The digests of some sources, a row for each chunk, in pinned memory of the host: they need no copy of their own.
+    """The digests of some sources, a row for each chunk.
+
+    The kernels write them to pinned memory of the host, so that they need no copy of their own. Where an arena could not
+    be pinned, that is not counted on either: they go to the device's memory, and are copied as the sources are.
 
     Args:
         device: where the sources are.
@@ -29,10 +34,11 @@ class DeviceDigests:
         lengths: their bytes.
         chunk_bytes: bytes of a chunk.
         name: names pairs in a message.
+        pinned: whether memory of the host can be pinned.
 
     Attributes:
         count: of rows.
-        sent: the rows; zero until the device has taken them.
+        sent: the rows, once the work is over; zero if the kernels did not run.
     """
 
     def __init__(
@@ -43,6 +49,7 @@ class DeviceDigests:
         lengths: Sequence[int],
         chunk_bytes: int,
         name: PairNames,
+        pinned: bool,
     ) -> None:
         self._device = device
         self._numbers = numbers
@@ -53,8 +60,13 @@ class DeviceDigests:
         counts = (-(-length // chunk_bytes) for length in lengths)
         self._firsts = list(accumulate(counts, initial=0))  # rows of the first chunk of each source
         self.count = self._firsts[-1]
-        self.sent = device.host_memory(DIGEST_BYTES * self.count)
-        self.sent.zero_()  # no digests that were there before are taken for new ones
+        nbytes = DIGEST_BYTES * self.count
+        if pinned:
+            self.sent = self._rows = device.host_memory(nbytes)
+        else:
+            self.sent = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+            self._rows = torch.empty(nbytes, dtype=torch.uint8, device=device.torch_device)
+        self._rows.zero_()  # no digests that were there before are taken for new ones
 
     def take(self, addresses: Sequence[int], targets: Sequence[int] = ()) -> list[ChunkTable]:
         """Enqueues the kernels that digest the sources on the stream that is current.
@@ -78,9 +90,14 @@ class DeviceDigests:
                 [targets[number] + start for number, start, _ in pieces] if targets else (),
             )
             tables.append(table)
-            table.digest(self.sent[DIGEST_BYTES * row :])
+            table.digest(self._rows[DIGEST_BYTES * row :])
             row += table.count
         return tables
+
+    def bring(self) -> None:
+        """Enqueues on the side stream the copy to the host, if it takes one."""
+        if self._rows is not self.sent:
+            self._device.copy(self.sent, self._rows)
 
     def check_all(self, arena: _C.Arena, threads: int) -> bytes:
         """The host's digests of all that arrived, which are those of the device.

@@ -56,6 +56,6 @@ def _work(
 ) -> DeviceWork:
     placed, lengths = sources.placed(numbers), [sources.lengths[number] for number in numbers]
     if known is None or not comparable(device, arena, lengths, chunk_bytes):
-        return DeviceCopies(device, image, placed, chunk_bytes, sources.name)
+        return DeviceCopies(device, arena, image, placed, chunk_bytes, sources.name)
     table = sources.of_some(numbers, known, chunk_bytes)
     return DeviceChanges(device, arena, placed, table, chunk_bytes, sources.name)

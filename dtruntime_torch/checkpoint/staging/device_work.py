@@ -134,13 +134,14 @@ class DeviceWork(ABC):
 
     @contextmanager
     def enqueuing(
-        self, targets: Sequence[int] = (), digest: bool = True
+        self, targets: Sequence[int] = (), digest: bool = True, pinned: bool = True
     ) -> Iterator[tuple[Mapping[int, torch.Tensor], list[ChunkTable]]]:
         """For the block that enqueues on the side stream what brings the sources; nothing is in flight if it fails.
 
         Args:
             targets: as `DeviceDigests.take`.
             digest: whether the sources are digested.
+            pinned: as `DeviceDigests`.
 
         Yields:
             The sources by number, each in one piece, and the lists of their chunks: with what `hold` is given, they
@@ -153,10 +154,12 @@ class DeviceWork(ABC):
                 raise RuntimeError("a CUDA graph is being captured; save before or after that")
             try:
                 pieces = self._in_pieces()
-                tables = self._digest(pieces, targets) if digest else []
+                tables = self._digest(pieces, targets, pinned) if digest else []
                 self.hold(pieces, tables)
                 device.follow_current()
                 with device.on_side():
+                    if self._taken is not None:
+                        self._taken.bring()
                     yield pieces, tables
                 self._event = device.record()
             except BaseException:
@@ -176,9 +179,11 @@ class DeviceWork(ABC):
         self._sources = {}
         return pieces
 
-    def _digest(self, pieces: Mapping[int, torch.Tensor], targets: Sequence[int]) -> list[ChunkTable]:
+    def _digest(
+        self, pieces: Mapping[int, torch.Tensor], targets: Sequence[int], pinned: bool
+    ) -> list[ChunkTable]:
         self._taken = DeviceDigests(
-            self._device, self.numbers, self.offsets, self.lengths, self._chunk_bytes, self._name
+            self._device, self.numbers, self.offsets, self.lengths, self._chunk_bytes, self._name, pinned
         )
         return self._taken.take([piece.data_ptr() for piece in pieces.values()], targets)
 

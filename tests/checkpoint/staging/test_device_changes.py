@@ -228,7 +228,7 @@ def test_an_arena_that_the_device_cannot_write_gets_plain_copies_of_all(state):
     state.spoil()
     staging = state.start()
     assert staging.wait() == digests(state.pairs)
-    assert state.device.calls == [*AT_THE_CALL, "copy", "copy", "copy", "record"]
+    assert state.device.calls == [*AT_THE_CALL, *["copy"] * 4, "record"]  # the digests, too
     assert (staging.nbytes_copied, staging.chunks_skipped) == (staging.nbytes, 0)
 
 

@@ -166,6 +166,17 @@ def test_memory_that_a_piece_does_not_get_names_its_pair(state, monkeypatch):
         state.start()
 
 
+def test_where_no_memory_can_be_pinned_the_digests_are_copied_too(state, monkeypatch):
+    def refuse(nbytes):
+        raise RuntimeError("out of memory")
+
+    state.device.reaches_arenas = False
+    monkeypatch.setattr(state.device, "host_memory", refuse)
+    assert state.start().wait() == state.digests()
+    assert state.device.calls == [*AT_THE_CALL, *["copy"] * 4, "record"]
+    assert state.device.copied[0][0] == 16 * 12
+
+
 def test_an_arena_that_kernels_do_not_reach_is_compared_all_the_same(state):
     state.device.reaches_arenas = False
     staging = state.start()
