@@ -174,8 +174,11 @@ class DeviceWork(ABC):
     def _in_pieces(self) -> dict[int, torch.Tensor]:
         pieces = {}
         for number, (tensor, _) in self._sources.items():
+            if in_one_piece(tensor):
+                pieces[number] = tensor
+                continue
             with self.reported(number):
-                pieces[number] = tensor if in_one_piece(tensor) else self._device.as_bytes(tensor)
+                pieces[number] = self._device.as_bytes(tensor)
         self._sources = {}
         return pieces
 
@@ -197,6 +200,6 @@ class DeviceWork(ABC):
         except RuntimeError as error:
             what = self._name(self.numbers if pair is None else [pair])
             raise SaveFailed(
-                f"{what} could not be copied from {self._device.torch_device} into the arena: {error}; this save is lost, the "
-                f"next may go well if the device recovers or has memory free"
+                f"{what} could not be copied from {self._device.torch_device} into the arena: {error}; this save is "
+                f"lost, the next may go well if the device recovers or has memory free"
             ) from error
