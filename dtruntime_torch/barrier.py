@@ -127,6 +127,7 @@ class Barrier:
             stored = error = encode_error(reason)
         self._arrive(key, stored)
         if self.rank == 0:
+            self._delete_finished()
             self._undeleted.append(key)
             self._client.create(f"{key}/answer", error)
             self._client.create(f"{key}/decision", _ACT)

@@ -29,10 +29,16 @@ class StoreClient:
 
     Args:
         store: the Store to connect to. It is cloned: a client that waits blocks its other users.
+
+    Raises:
+        StoreUnreachable: it cannot be connected to.
     """
 
     def __init__(self, store: Store) -> None:
-        self._store: Store = store.clone()  # type: ignore[attr-defined]  # torch's stub lacks it
+        try:
+            self._store: Store = store.clone()  # type: ignore[attr-defined]  # torch's stub lacks it
+        except RuntimeError as error:
+            raise _unreachable("another connection") from error
 
     def create(self, key: str, value: bytes) -> bytes:
         """Stores the value if there is none; returns what is there. Unlike a plain set, it is answered."""

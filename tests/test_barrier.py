@@ -18,6 +18,7 @@ from dtruntime_torch.errors import (
     DTRuntimeError,
     InvalidArgument,
     SaveFailed,
+    SaveSkipped,
     StoreUnreachable,
     UnsupportedType,
 )
@@ -395,3 +396,23 @@ def test_errors_travel_as_json_and_nothing_else(store):
     barriers(store, 2)[0].decline("pick", CommitConflict("too late"))
     stored = store.get("run/pick/answer")
     assert json.loads(stored[1:]) == {"type": "CommitConflict", "message": "too late"}
+
+
+def test_a_store_that_cannot_be_connected_to_is_unreachable():
+    class Gone:
+        def clone(self) -> object:
+            raise RuntimeError("connection refused")
+
+    with pytest.raises(StoreUnreachable, match="no longer answers"):
+        Barrier(Gone(), rank=0, world_size=1, timeout=60)  # type: ignore[arg-type]
+
+
+def test_what_a_rank_declined_beside_a_meeting_is_deleted_when_all_have_departed():
+    store = HashStore()
+    barriers = [Barrier(store, rank, 2, timeout=60) for rank in range(2)]
+    aside = barriers[0].beside()
+    for key in ("first", "second"):
+        aside.void(key, SaveSkipped("no time"))
+        with pytest.raises(SaveSkipped):
+            barriers[1].meet(key, b"", lambda values: b"")
+    assert not [key for key in store.list_keys() if key.startswith("first/")]

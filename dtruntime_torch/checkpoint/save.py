@@ -228,7 +228,7 @@ class Saver:
             raise  # who skips has told the others
         except BaseException as error:
             self._structure = None
-            self._decline(key, error)
+            self._publisher.decline(key, error, aside=True)
             raise
 
     @contextmanager
@@ -241,15 +241,6 @@ class Saver:
             if self._capture is not None:
                 self._capture.cancel(self._members.barrier.timeout)
             raise
-
-    def _decline(self, key: str, error: BaseException) -> None:
-        try:
-            # The save before this one may still be meeting.
-            self.wait()
-        except BarrierTimeout as busy:
-            logger.warning("the other ranks are not told that this one failed: %s", busy)
-        else:
-            self._publisher.decline(key, error)
 
     def _take(
         self, key: str, state: object, step: int, metadata: Json, metrics: SaveMetrics, at_once: bool
@@ -331,8 +322,8 @@ class Saver:
             if not isinstance(error, BarrierTimeout) or error.decided:
                 # The ranks may have come to differ in structure: the next save asks all of them again.
                 self._structure = None
-            if isinstance(error.__cause__, TornSnapshot):
-                self.lateness.give_up(str(error.__cause__))
+            if (torn := _tear_in(error)) is not None:
+                self.lateness.give_up(str(torn))
             logger.error("a save failed: %s", error)
             _forget_frames(error)
             raise
@@ -379,6 +370,12 @@ def _staged_query(capture: Capture) -> Callable[[], bool]:
         return there is None or there.staged
 
     return is_staged
+
+
+def _tear_in(error: BaseException | None) -> TornSnapshot | None:
+    while error is not None and not isinstance(error, TornSnapshot):
+        error = error.__cause__
+    return error
 
 
 def _forget_frames(error: BaseException) -> None:

@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.staging import AsyncStager, DefaultStager
 import dtruntime_torch.ops  # noqa: F401  registers torch.ops.dtruntime
 from dtruntime_torch import _C
 from dtruntime_torch.checkpoint.staging.chunk_table import NativeCalls
+from dtruntime_torch.checkpoint.staging.device import Device, cuda_device
 from dtruntime_torch.checkpoint.staging.stager import Stager
 from dtruntime_torch.gpucheck.device import Moment
 from dtruntime_torch.gpucheck.machine import nvidia_driver
@@ -121,6 +122,9 @@ class CudaBench:
 
     def stager(self, arena: _C.Arena, chunk_bytes: int) -> Stager:
         return Stager(arena, chunk_bytes)
+
+    def staging_device(self) -> Device:
+        return cuda_device(self.index)
 
     def digest(self, tensor: torch.Tensor, chunk_bytes: int) -> torch.Tensor:
         digests: torch.Tensor = torch.ops.dtruntime.digest(tensor, chunk_bytes)

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.staging import AsyncStager
 
 from dtruntime_torch import _C
 from dtruntime_torch.checkpoint.staging.chunk_table import Place
+from dtruntime_torch.checkpoint.staging.device import Device
 from dtruntime_torch.checkpoint.staging.stager import Stager
 
 # A moment of a stream: whatever the device makes of it.
@@ -68,6 +69,9 @@ class Bench(Place, Protocol):
 
     def stager(self, arena: _C.Arena, chunk_bytes: int) -> Stager:
         """What is under test."""
+
+    def staging_device(self) -> Device:
+        """What such a stager copies with: for one that is made otherwise."""
 
     def digest(self, tensor: torch.Tensor, chunk_bytes: int) -> torch.Tensor:
         """`torch.ops.dtruntime.digest`."""

@@ -22,6 +22,7 @@ from dtruntime_torch.gpucheck.report import Report, one_line
 from dtruntime_torch.gpucheck.sizes import FULL, QUICK, Sizes
 from dtruntime_torch.gpucheck.staging import check_staging
 from dtruntime_torch.gpucheck.streams import check_streams
+from dtruntime_torch.gpucheck.tears import check_tears
 from dtruntime_torch.gpucheck.training import measure_training
 
 Section = Callable[[Bench, Sizes], Iterator[Finding]]
@@ -31,6 +32,7 @@ SECTIONS: tuple[Section, ...] = (
     check_streams,
     check_changes,
     check_staging,
+    check_tears,
     check_deltas,
     check_overlap,
     measure_digest,

@@ -95,10 +95,26 @@ def a_torn_staging(bench):
         def __init__(self, arena, chunk_bytes) -> None:
             self._stager = Stager(arena, chunk_bytes)
 
-        def start(self, pairs, only_changed=False):
+        def start(self, pairs, only_changed=False, names=(), late=()):
             return Late(self._stager, pairs, only_changed)
 
     bench.stager = LateStager
+
+
+def a_device_that_does_not_digest_at_the_call(bench):
+    class Blind(StagingSide):
+        def has_kernels(self):
+            return False
+
+    bench.staging_device = lambda: Blind(bench)
+
+
+def a_stager_that_takes_late_ones_first(bench):
+    class Reversed(Stager):
+        def start(self, pairs, only_changed=False, names=(), late=()):
+            return super().start(pairs, only_changed, names, [n for n in range(len(pairs)) if n not in late])
+
+    bench.stager = lambda arena, chunk: Reversed(arena, chunk, find_device=lambda tensor: StagingSide(bench))
 
 
 def a_staging_with_wrong_digests(bench):

@@ -117,6 +117,9 @@ class HostBench:
     def stager(self, arena: _C.Arena, chunk_bytes: int) -> Stager:
         return Stager(arena, chunk_bytes, find_device=lambda tensor: StagingSide(self))
 
+    def staging_device(self) -> StagingSide:
+        return StagingSide(self)
+
     def digest(self, tensor: torch.Tensor, chunk_bytes: int) -> torch.Tensor:
         self._spend(tensor.nbytes / SPEED["digest"] / 1e9)
         digests: torch.Tensor = torch.ops.dtruntime.digest(tensor, chunk_bytes)
@@ -169,14 +172,23 @@ class StagingSide:
     def stream(self) -> int:
         return self._bench.stream()
 
+    def has_kernels(self) -> bool:
+        return True
+
+    def capturing(self) -> bool:
+        return False
+
     def can_write(self, arena: _C.Arena) -> bool:
         return True
 
     def host_memory(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8)
 
+    def as_bytes(self, source: torch.Tensor) -> torch.Tensor:
+        return as_bytes(source)
+
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        self._bench.copy(target, as_bytes(source))
+        self._bench.copy(target, source)
 
     def record(self) -> Passed:
         with self.on_side():

@@ -14,6 +14,7 @@ from dtruntime_torch.gpucheck.digests import check_digests
 from dtruntime_torch.gpucheck.overlap import check_overlap
 from dtruntime_torch.gpucheck.staging import check_staging
 from dtruntime_torch.gpucheck.streams import check_streams, on_another_device
+from dtruntime_torch.gpucheck.tears import check_tears
 from tests.gpucheck import faults
 from tests.gpucheck.host_device import TINY, HostBench
 
@@ -40,6 +41,13 @@ FAULTS = [
     (faults.a_torn_staging, check_staging, "staging/2 rounds of training"),
     (faults.a_staging_with_wrong_digests, check_staging, "staging/4 rounds while overwritten"),
     (faults.a_staging_with_wrong_digests, check_staging, "staging/2 rounds of training"),
+    (faults.a_staging_with_wrong_digests, check_tears, "tear/digests of the device"),
+    (faults.a_device_that_does_not_digest_at_the_call, check_tears, "tear/tensor 0 overwritten behind"),
+    (faults.a_device_that_does_not_digest_at_the_call, check_tears, "tear/tensor 4 overwritten behind"),
+    (faults.a_torn_staging, check_tears, "tear/4 rounds of early and late ones"),
+    (faults.a_staging_with_wrong_digests, check_tears, "tear/4 rounds of early and late ones"),
+    (faults.a_stager_that_takes_late_ones_first, check_tears, "tear/early ones are not held by late ones"),
+    (faults.a_graph_that_does_nothing, check_tears, "tear/asked while a graph is captured"),
     (faults.a_change_that_is_not_seen, check_deltas, "delta staging/4 rounds while overwritten"),
     (faults.a_change_that_is_neither_seen_nor_kept, check_deltas, "delta staging/4 rounds while overwritten"),
     (faults.a_gather_that_writes_zeros, check_deltas, "delta staging/4 rounds while overwritten"),

@@ -115,6 +115,7 @@ def learn(barrier: Barrier, key: str, specs: FlatSpecs, busy_key: str | None = N
     Raises:
         BarrierTimeout: ranks did not arrive in time.
         SaveFailed: other ranks went to `busy_key`, having seen no change; or they showed what cannot be read.
+        SaveSkipped: a rank declared the meeting there void.
         DTRuntimeError: why a rank declined.
     """
 
@@ -138,6 +139,8 @@ def _alone(barrier: Barrier, key: str, busy_key: str) -> DTRuntimeError | None:
     """Why it is vain to wait for the others at `key`, if it is."""
     if not barrier.has_begun(busy_key):
         return None
+    if (reason := barrier.voided(busy_key)) is not None:
+        return reason
     here = barrier.arrivals(key)
     for arrival in here.values():
         if isinstance(arrival, DTRuntimeError):

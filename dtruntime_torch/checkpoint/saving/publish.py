@@ -13,8 +13,10 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 from dtruntime_torch import errors
+from dtruntime_torch.barrier import Barrier
 from dtruntime_torch.checkpoint.cleaning.prune_plan import PruneReport
 from dtruntime_torch.checkpoint.info import CheckpointInfo
 from dtruntime_torch.checkpoint.manifest import Commit, Part
@@ -87,8 +89,6 @@ class Publisher:
         self._lineage = lineage
         self._leader = Leader(backend, name, members, lineage, policies)
         self._policies = policies
-        # For the training thread, while the background waits at the other.
-        self._aside = members.barrier.beside() if policies.on_busy == "skip" else None
         self._leftovers: list[Attempt] = []
 
     def open(self, key: str, step: int) -> Attempt:
@@ -112,22 +112,24 @@ class Publisher:
         self._lineage.generation = attempt.generation
         return attempt
 
-    def decline(self, key: str, error: BaseException) -> None:
+    def decline(self, key: str, error: BaseException, aside: bool = False) -> None:
         """Tells the other ranks that this one takes no part in a save, so that none waits for it in vain.
 
         Args:
             key: the save's prefix in the Store.
             error: why. Where this rank has arrived already, that stands.
+            aside: the background may still be at the meeting of the save before.
         """
-        rank, barrier = self._members.rank, self._members.barrier
-        if isinstance(error, SaveSkipped):
-            # What all are told already.
-            barrier.decline(f"{key}/commit", error)
-            return
+        rank = self._members.rank
         message = errors.to_record(error)["message"]
         # On what other ranks say, the barrier puts who they are.
         refusal = SaveFailed(message if rank else f"rank 0 takes no part in this save: {message}")
         try:
+            barrier = self._aside if aside else self._members.barrier
+            if isinstance(error, SaveSkipped):
+                # What all are told already.
+                barrier.decline(f"{key}/commit", error)
+                return
             barrier.decline(f"{key}/groups", refusal)
             if rank == 0:
                 barrier.decline(f"{key}/attempt", refusal)
@@ -145,11 +147,13 @@ class Publisher:
             key: the save's prefix in the Store.
             reason: what they are told.
         """
-        assert self._aside is not None
         self._aside.void(f"{key}/commit", reason)
-        self._aside.decline(f"{key}/groups", reason)
-        if self._members.rank == 0:
-            self._aside.decline(f"{key}/attempt", reason)
+        self._aside.decline(f"{key}/attempt", reason)
+
+    @cached_property
+    def _aside(self) -> Barrier:
+        """For the training thread, while the background may wait at the other."""
+        return self._members.barrier.beside()
 
     def prune(self, dry_run: bool) -> PruneReport:
         """As `Leader.prune`, on this process alone; while nothing is being saved."""
@@ -187,8 +191,10 @@ class Publisher:
             key = f"{snapshot.key}/{attempt.number}"
 
     def _check_not_skipped(self, key: str) -> None:
-        if self._aside is not None and (reason := self._members.barrier.voided(f"{key}/commit")) is not None:
-            raise reason
+        if self._policies.on_busy == "skip":
+            reason = self._members.barrier.voided(f"{key}/commit")
+            if reason is not None:
+                raise reason
 
     def _write(self, snapshot: Snapshot, attempt: Attempt, delta: bool) -> Try:
         """Makes this rank's part durable."""
@@ -251,7 +257,7 @@ class Publisher:
             return self._members.barrier.voided(f"{key}/commit")
 
         # One rank that looks is enough, for it tells all.
-        looks = self._aside is not None and self._members.rank == 0
+        looks = self._policies.on_busy == "skip" and self._members.rank == 0
         began = time.perf_counter()
         try:
             answer = self._members.barrier.meet(

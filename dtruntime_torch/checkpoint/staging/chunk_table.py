@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -74,6 +74,37 @@ class Place(Protocol):
 
     def stream(self) -> int:
         """The current stream, for the native calls."""
+
+
+def cut_lists(lengths: Sequence[int], chunk_bytes: int, most: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Cuts pieces of memory so that no list of them has more chunks than a table can have.
+
+    Args:
+        lengths: bytes of each piece.
+        chunk_bytes: of a chunk.
+        most: chunks of a list.
+
+    Yields:
+        (number of the piece, first byte, bytes) of what is in a list, in the order of the pieces.
+
+    Example:
+        >>> list(cut_lists([10, 25], 10, 2))
+        [[(0, 0, 10), (1, 0, 10)], [(1, 10, 15)]]
+    """
+    listed: list[tuple[int, int, int]] = []
+    room = most
+    for number, length in enumerate(lengths):
+        start = 0
+        while start < length:
+            nbytes = min(length - start, room * chunk_bytes)
+            listed.append((number, start, nbytes))
+            start += nbytes
+            room -= -(-nbytes // chunk_bytes)
+            if room == 0:
+                yield listed
+                listed, room = [], most
+    if listed:
+        yield listed
 
 
 class ChunkTable:

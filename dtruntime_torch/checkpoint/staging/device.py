@@ -7,8 +7,10 @@ accelerator would not be asynchronous, and only an event of `torch.cuda` is sure
 
 from __future__ import annotations
 
+import ctypes
 import functools
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import torch
@@ -16,9 +18,12 @@ import torch
 from dtruntime_torch import _C
 from dtruntime_torch.checkpoint.staging.chunk_table import NativeCalls, Place
 
+CAPTURE_MODE_RELAXED = 2
+"""CU_STREAM_CAPTURE_MODE_RELAXED of cuda.h."""
+
 
 class Event(Protocol):
-    """A point in the work of a stream."""
+    """A point in the work of a stream. It may be asked also while a graph is captured, here or by another thread."""
 
     def query(self) -> bool:
         """Whether the stream has passed it."""
@@ -36,13 +41,26 @@ class Device(Place, Protocol):
     def on_side(self) -> AbstractContextManager[object]:
         """Inside, `copy`, the native calls and the memory that they need belong to the side stream."""
 
+    def as_bytes(self, source: torch.Tensor) -> torch.Tensor:
+        """Enqueues on the current stream a copy of the elements in row-major order: uint8, in memory of its own.
+
+        Args:
+            source: strided or conjugated.
+        """
+
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Enqueues a copy; the bytes move later.
 
         Args:
             target: host memory, one-dimensional uint8, of the source's bytes.
-            source: on the device, of any dtype and stride; its elements arrive in row-major order.
+            source: on the device, as many of its bytes in one piece, uint8.
         """
+
+    def has_kernels(self) -> bool:
+        """Whether our kernels run there, and reach `host_memory`."""
+
+    def capturing(self) -> bool:
+        """Whether the current stream is being captured into a graph: nothing done there now happens now."""
 
     def can_write(self, arena: _C.Arena) -> bool:
         """Whether its kernels reach the memory of an arena."""
@@ -71,17 +89,25 @@ class CudaDevice:
         self._side = torch.cuda.Stream(index, priority=-1)  # type: ignore[no-untyped-call]
 
     def follow_current(self) -> None:
-        with torch.cuda.device(self.index):
-            if torch.cuda.is_current_stream_capturing():
-                # To wait for this stream would draw the side stream into the graph, and spoil it.
-                raise RuntimeError("a CUDA graph is being captured; save before or after that")
         self._side.wait_stream(torch.cuda.current_stream(self.index))
 
     def on_side(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._side)
 
+    def as_bytes(self, source: torch.Tensor) -> torch.Tensor:
+        return as_bytes(source)
+
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        target.copy_(as_bytes(source), non_blocking=True)
+        target.copy_(source, non_blocking=True)
+
+    def has_kernels(self) -> bool:
+        return _kernels_reach(self.index)
+
+    def capturing(self) -> bool:
+        if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            return False
+        with torch.cuda.device(self.index):
+            return torch.cuda.is_current_stream_capturing()
 
     def stream(self) -> int:
         return int(torch.cuda.current_stream(self.index).cuda_stream)
@@ -97,11 +123,62 @@ class CudaDevice:
         # A thread that waits for a blocking event sleeps, and leaves its core to training.
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record(self._side)
-        return event
+        return CudaEvent(event)
 
     def hold_current(self, event: Event) -> None:
-        assert isinstance(event, torch.cuda.Event)
-        torch.cuda.current_stream(self.index).wait_event(event)
+        assert isinstance(event, CudaEvent)
+        torch.cuda.current_stream(self.index).wait_event(event.of_torch)
+
+
+class CudaEvent:
+    """An event of torch that is asked without harm to a graph that is being captured.
+
+    To ask for any event spoils a capture of mode "global", torch's default, also from another thread, unless the
+    asking thread has said that it knows what it does.
+    """
+
+    def __init__(self, of_torch: torch.cuda.Event) -> None:
+        self.of_torch = of_torch
+
+    def query(self) -> bool:
+        with _beside_captures():
+            return bool(self.of_torch.query())  # type: ignore[no-untyped-call]
+
+    def synchronize(self) -> None:
+        with _beside_captures():
+            self.of_torch.synchronize()
+
+
+@contextmanager
+def _beside_captures() -> Iterator[None]:
+    exchange = _exchange_capture_mode()
+    if exchange is None:
+        yield
+        return
+    mode = ctypes.c_int(CAPTURE_MODE_RELAXED)
+    exchange(ctypes.byref(mode))
+    try:
+        yield
+    finally:
+        exchange(ctypes.byref(mode))
+
+
+@functools.cache
+def _exchange_capture_mode() -> Callable[..., object] | None:
+    """The driver's function that swaps the calling thread's mode. The runtime's would make a context for it."""
+    try:
+        return ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode
+    except (OSError, AttributeError):
+        return None  # ROCm, or a driver from before there were modes
+
+
+@functools.cache
+def _kernels_reach(index: int) -> bool:
+    """Whether this build has kernels, and the driver suits them; torch has a CUDA runtime of its own."""
+    try:
+        return index < _C.cuda_device_count()
+    except RuntimeError:
+        return False
 
 
 @functools.cache

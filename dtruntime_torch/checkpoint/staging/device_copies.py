@@ -8,18 +8,24 @@ import torch
 
 from dtruntime_torch import _C
 from dtruntime_torch.checkpoint.staging.copy_plan import Span, merge_spans
-from dtruntime_torch.checkpoint.staging.device import Device, in_one_piece
-from dtruntime_torch.checkpoint.staging.device_work import DeviceWork
+from dtruntime_torch.checkpoint.staging.device import Device
+from dtruntime_torch.checkpoint.staging.device_work import DeviceWork, Placed
 from dtruntime_torch.checkpoint.staging.sources import PairNames
 
 
 class DeviceCopies(DeviceWork):
     """The copies of one staging from one device. `DeviceWork` says what they read, and when.
 
+    Where our kernels do not run (this build or its driver has no CUDA for them), nothing is digested at the call.
+    There the arena is not pinned either, so a copy has arrived when it was enqueued, and all before `start` returns:
+    only what other streams or threads overwrite meanwhile can tear, and goes unnoticed.
+
     Args:
         device: where the sources are.
-        image: the arena's bytes, as uint8.
+        arena: where to.
+        image: its bytes, as uint8.
         sources: number of the pair -> source and its offset in the image.
+        chunk_bytes: bytes of a chunk.
         name: names pairs in a message.
 
     Raises:
@@ -29,39 +35,40 @@ class DeviceCopies(DeviceWork):
     def __init__(
         self,
         device: Device,
+        arena: _C.Arena,
         image: torch.Tensor,
-        sources: Mapping[int, tuple[torch.Tensor, int]],
+        sources: Placed,
+        chunk_bytes: int,
         name: PairNames,
     ) -> None:
-        super().__init__(device, sources, name)
-        with self.enqueuing():
-            for pair, source, offset, nbytes in _copies(sources):
+        super().__init__(device, sources, chunk_bytes, name)
+        with self.enqueuing(digest=device.has_kernels(), pinned=device.can_write(arena)) as (pieces, _):
+            for pair, source, offset in _copies(pieces, self.offsets):
                 with self.reported(pair):
-                    device.copy(image[offset : offset + nbytes], source)
+                    device.copy(image[offset : offset + source.nbytes], source)
 
     @property
     def nbytes_copied(self) -> int:
         return self.nbytes
 
-    def digests(self, arena: _C.Arena, chunk_bytes: int, threads: int) -> bytes:
-        return _C.digest_ranges(arena, self.offsets, self.lengths, chunk_bytes, threads)
+    def digests(self, arena: _C.Arena, threads: int) -> bytes:
+        if self._taken is None:
+            return _C.digest_ranges(arena, self.offsets, self.lengths, self._chunk_bytes, threads)
+        return self._taken.check_all(arena, threads)
 
 
-def _copies(sources: Mapping[int, tuple[torch.Tensor, int]]) -> Iterator[tuple[int, torch.Tensor, int, int]]:
-    """First pair, source, arena offset and bytes of each copy that moves `sources`."""
+def _copies(
+    pieces: Mapping[int, torch.Tensor], offsets: list[int]
+) -> Iterator[tuple[int, torch.Tensor, int]]:
+    """First pair, bytes and arena offset of each copy that moves pieces of memory."""
     storages: dict[tuple[int, int], tuple[int, torch.UntypedStorage]] = {}
     spans = []
-    for pair, (tensor, offset) in sources.items():
-        if not in_one_piece(tensor):
-            yield pair, tensor, offset, tensor.nbytes
-            continue
-        storage = tensor.untyped_storage()
+    for (pair, piece), offset in zip(pieces.items(), offsets, strict=True):
+        storage = piece.untyped_storage()
         number, _ = storages.setdefault((storage.data_ptr(), storage.nbytes()), (pair, storage))
-        spans.append(
-            Span(pair, number, int(tensor.storage_offset()) * tensor.itemsize, tensor.nbytes, offset)
-        )
+        spans.append(Span(pair, number, int(piece.storage_offset()) * piece.itemsize, piece.nbytes, offset))
     by_number = dict(storages.values())
     for span in merge_spans(spans):
         storage = by_number[span.storage]
         view = torch.empty(0, dtype=torch.uint8, device=storage.device)
-        yield span.pair, view.set_(storage, span.start, (span.nbytes,), (1,)), span.offset, span.nbytes
+        yield span.pair, view.set_(storage, span.start, (span.nbytes,), (1,)), span.offset

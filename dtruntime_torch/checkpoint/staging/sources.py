@@ -136,6 +136,23 @@ def sort_sources(
     return sources
 
 
+def check_numbers(numbers: Iterable[int], count: int) -> list[int]:
+    """The numbers, if each is one of `count` pairs.
+
+    Raises:
+        InvalidArgument: one is not.
+
+    Example:
+        >>> check_numbers(iter([1, 0]), 2)
+        [1, 0]
+    """
+    asked = list(numbers)
+    wrong = [number for number in asked if not 0 <= number < count]
+    if wrong:
+        raise InvalidArgument(f"there is no pair {wrong[0]}; they are numbered 0 to {count - 1}")
+    return asked
+
+
 def _check_disjoint(sources: Sources) -> None:
     filled = [number for number, nbytes in enumerate(sources.lengths) if nbytes]
     filled.sort(key=sources.offsets.__getitem__)

@@ -10,6 +10,9 @@ The order, for each source:
 |                                   | had to do when `start` was called     | then goes to the current stream       |
 | on another device                 | before `start` returns                | `start` returned                      |
 
+A device also digests its sources, before anything that its current stream is given once `start` has returned. What is
+overwritten too early all the same, behind the back of this, differs when it arrives: `wait` fails, and names it.
+
 Reading a source is always allowed. `wait` and `cancel` end a staging; after them nothing reads the sources any more.
 To free memory by `untyped_storage().resize_` is to overwrite it; to drop the last reference to a tensor is not,
 since a staging holds its sources until it has ended. Memory that several pairs read is free when all of them are.
@@ -36,10 +39,9 @@ import torch
 from dtruntime_torch import _C
 from dtruntime_torch.checkpoint.locks import held
 from dtruntime_torch.checkpoint.staging.device import device_of
-from dtruntime_torch.checkpoint.staging.device_changes import DeviceChanges, comparable
-from dtruntime_torch.checkpoint.staging.device_copies import DeviceCopies
+from dtruntime_torch.checkpoint.staging.device_order import enqueue
 from dtruntime_torch.checkpoint.staging.device_work import DeviceWork
-from dtruntime_torch.checkpoint.staging.sources import FindDevice, Pair, Sources, sort_sources
+from dtruntime_torch.checkpoint.staging.sources import FindDevice, Pair, Sources, check_numbers, sort_sources
 from dtruntime_torch.errors import BarrierTimeout, InvalidArgument, SaveFailed
 
 
@@ -94,7 +96,7 @@ class Stager:
         pairs: Sequence[Pair],
         only_changed: bool = False,
         names: Sequence[str] = (),
-        late: Collection[int] = (),
+        late: Iterable[int] = (),
     ) -> Staging:
         """Starts to copy each source to its place. See above for when it may be overwritten.
 
@@ -106,16 +108,18 @@ class Stager:
                 background, at the places and of the lengths of the staging before this. Where nothing is known of
                 the arena, all is copied.
             names: of the pairs, for messages; if none are given, they are numbered.
-            late: pairs
+            late: positions of the pairs that are overwritten later than the others. On a device these come last, and
+                `before_overwrite` of the others does not wait for them.
 
         Raises:
-            InvalidArgument: the staging before this one has not ended, or a pair cannot be copied; it is named.
-                Nothing was touched.
+            InvalidArgument: the staging before this one has not ended, or a pair cannot be copied; it is named; or
+                there is no such pair as one in `late`. Nothing was touched.
             SaveFailed: a device refused a copy. Nothing is in flight.
         """
         if self._running is not None and not self._running.ended:
             raise InvalidArgument("the arena is in use: wait for the staging that goes on, or cancel it")
         sources = sort_sources(pairs, self.arena.nbytes, self._find_device, names)
+        coming_late = frozenset(check_numbers(late, len(pairs)))
         last = self._running
         known = last.holds(self.arena, sources) if only_changed and last is not None else None
         # From here on nobody knows what the arena holds, until this staging has ended well.
@@ -132,7 +136,7 @@ class Stager:
         )
         try:
             self._running = Staging(self.arena, sources, job, self.chunk_bytes, threads)
-            self._running._enqueue(known)
+            self._running._enqueue(known, coming_late)
         except BaseException:
             job.cancel()
             if self._running is not None:
@@ -178,7 +182,8 @@ class Staging:
 
         For those in host memory that is when they have been copied: the calling thread helps. For those on a
         device it is at once: the current stream of that device, in the calling thread, will wait before it does
-        what it is given from now on. Work on other streams must wait for that stream, or ask again there.
+        what it is given from now on. Work on other streams must wait for that stream, or ask again there. While
+        that stream is captured into a CUDA graph, the thread waits, if there is anything left to wait for.
 
         A staging that has ended, or is being given up, no longer minds.
 
@@ -191,7 +196,7 @@ class Staging:
             BarrierTimeout: not all that lie in host memory are copied yet.
             SaveFailed: a device failed. Its copies are lost; its sources may be overwritten.
         """
-        asked = None if indices is None else self._checked(indices)
+        asked = None if indices is None else check_numbers(indices, len(self._sources.lengths))
         if self.ended:
             return
         for work in self._on_device:
@@ -221,7 +226,8 @@ class Staging:
 
         Raises:
             BarrierTimeout: it still goes on, and may be waited for again.
-            SaveFailed: a device failed, or the staging was cancelled. It has ended.
+            SaveFailed: a device failed, or what arrived from it is not what it was; or the staging was cancelled. It
+                has ended.
         """
         self._end(timeout, help)
         if self._digests is None:
@@ -292,24 +298,14 @@ class Staging:
         if self._process == os.getpid() and not self.ended:
             self.cancel()
 
-    def _enqueue(self, known: bytes | None) -> None:
+    def _enqueue(self, known: bytes | None, late: Collection[int]) -> None:
         sources = self._sources
         if not sources.by_torch and not sources.on_device:
             return
         self._image = image = torch.frombuffer(memoryview(self._arena), dtype=torch.uint8)
-        for device, numbers in sources.on_device.items():
-            tensors = {number: sources.tensors[number] for number in numbers}
-            compared = [] if known is None else comparable(device, self._arena, tensors, self._chunk_bytes)
-            copied = sorted(set(numbers).difference(compared))
-            if known is not None and compared:
-                table = sources.of_some(compared, known, self._chunk_bytes)
-                self._on_device.append(
-                    DeviceChanges(
-                        device, self._arena, sources.placed(compared), table, self._chunk_bytes, sources.name
-                    )
-                )
-            if copied:
-                self._on_device.append(DeviceCopies(device, image, sources.placed(copied), sources.name))
+        # One by one: what is in flight is known here also if the next is refused.
+        for work in enqueue(self._arena, image, sources, known, self._chunk_bytes, late):
+            self._on_device.append(work)
         for number in sources.by_torch:
             source, offset = sources.tensors[number], sources.offsets[number]
             place = image[offset : offset + sources.lengths[number]].view(source.dtype)
@@ -361,15 +357,8 @@ class Staging:
         )
         parts = [(sources.native, native), (sources.by_torch, by_torch)]
         for work in self._on_device:
-            parts.append((work.numbers, work.digests(self._arena, chunk_bytes, self._threads)))
+            parts.append((work.numbers, work.digests(self._arena, self._threads)))
         return sources.in_order(parts, chunk_bytes)
-
-    def _checked(self, indices: Iterable[int]) -> list[int]:
-        asked, count = list(indices), len(self._sources.lengths)
-        wrong = [index for index in asked if not 0 <= index < count]
-        if wrong:
-            raise InvalidArgument(f"there is no pair {wrong[0]}; they are numbered 0 to {count - 1}")
-        return asked
 
     @cached_property
     def _job_numbers(self) -> dict[int, int]:

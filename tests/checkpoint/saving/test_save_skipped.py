@@ -139,3 +139,14 @@ def test_a_wrong_step_is_refused_though_the_save_would_be_skipped():
     with pytest.raises(InvalidArgument, match="step"):
         ranks[0].saver.start(STATE, -2, None)
     go_on.set()
+
+
+@pytest.mark.parametrize("busy", [0, 1])
+def test_saves_skipped_one_after_another_leave_no_keys_behind(busy):
+    ranks, go_on = begin_busy(busy)
+    counts = []
+    for step in range(2, 6):
+        outcomes(start(ranks, step))
+        counts.append(ranks[0].members.barrier._store.num_keys())
+    assert len(set(counts[1:])) == 1
+    go_on.set()

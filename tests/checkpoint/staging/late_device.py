@@ -20,6 +20,10 @@ from tests.gpucheck.host_native import HostNative
 Work = Callable[[], object]
 
 
+def raw(tensor: torch.Tensor) -> bytes:
+    return as_bytes(tensor).numpy().tobytes()
+
+
 class LateStream:
     """Work in order. `blocked` is what its owner is not ready for: an event waited for is waited for through it."""
 
@@ -94,7 +98,7 @@ class LateEvent:
 
 
 class LateNative:
-    """The native calls of a device: each is put on its side stream, and goes to `native` when its turn comes."""
+    """The native calls of a device: each is put on the stream that is named, and goes to `native` when its turn comes."""
 
     def __init__(self, device: LateDevice, native: object) -> None:
         self._device = device
@@ -104,12 +108,18 @@ class LateNative:
         call, device = getattr(self._native, name), self._device
 
         def put(*arguments: object) -> None:
+            stream, handle = device.at, device.stream()
             device.note(name)
             if name == device.refuse_call:
                 raise RuntimeError(f"launching {name}: out of memory")
-            device.side.put(lambda: call(*arguments))
+
+            def run() -> None:
+                device.running = handle
+                call(*arguments)
+
+            stream.put(run)
             if name in device.meddle:
-                device.side.put(device.meddle[name])
+                stream.put(device.meddle[name])
 
         return put
 
@@ -122,13 +132,17 @@ class LateDevice:
 
     Attributes:
         current: the current stream; a test may put another in its place.
-        calls: the names of what was enqueued on the side stream, and of `follow_current` and `record`.
+        calls: the names of what was enqueued, with "current " before what was on that stream, and of
+            `follow_current` and `record`.
         copied: (bytes, address of the target) of each copy that was enqueued.
         events: all that were recorded.
         refuse: number of the copy that is refused, counted from 0, or None.
         refuse_call: name of the native call that is refused, or None.
         meddle: name of a native call -> what happens on the side stream right after it.
         reaches_arenas: whether its kernels can write an arena.
+        kernels: whether it has any.
+        captures: whether a graph is being captured.
+        running: handle of the stream whose native call is at work.
     """
 
     index = 1
@@ -136,14 +150,16 @@ class LateDevice:
 
     def __init__(self, native: object = None) -> None:
         self.native = LateNative(
-            self, native or HostNative(lambda what, nbytes: None, self.index, self.stream)
+            self, native or HostNative(lambda what, nbytes: None, self.index, lambda: self.running)
         )
         self.current = LateStream()
         self.side = LateStream()
         self.calls: list[str] = []
         self.refuse_call: str | None = None
         self.meddle: dict[str, Work] = {}
-        self.reaches_arenas = True
+        self.reaches_arenas = self.kernels = True
+        self.captures = False
+        self.running = 0
         self.copied: list[tuple[int, int]] = []
         self.events: list[LateEvent] = []
         self.refuse: int | None = None
@@ -163,12 +179,21 @@ class LateDevice:
             event.error = RuntimeError(message)
         self.side.clear()
 
+    @property
+    def at(self) -> LateStream:
+        return self.side if self._on_side else self.current
+
     def note(self, call: str) -> None:
-        assert self._on_side
-        self.calls.append(call)
+        self.calls.append(call if self._on_side else f"current {call}")
 
     def stream(self) -> int:
-        return 77
+        return 77 if self._on_side else 76
+
+    def has_kernels(self) -> bool:
+        return self.kernels
+
+    def capturing(self) -> bool:
+        return self.captures
 
     def can_write(self, arena: _C.Arena) -> bool:
         return self.reaches_arenas
@@ -188,12 +213,19 @@ class LateDevice:
         finally:
             self._on_side = False
 
+    def as_bytes(self, source: torch.Tensor) -> torch.Tensor:
+        self.note("as_bytes")
+        bytes_ = torch.zeros(source.nbytes, dtype=torch.uint8)
+        self.at.put(lambda: bytes_.copy_(as_bytes(source)))
+        return bytes_
+
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        assert self._on_side
         self.note("copy")
         if len(self.copied) == self.refuse:
             raise RuntimeError("CUDA error: out of memory")
         self.copied.append((target.nbytes, target.data_ptr()))
-        self.side.put(lambda: target.copy_(as_bytes(source)))
+        self.side.put(lambda: target.copy_(source))
 
     def record(self) -> LateEvent:
         self.calls.append("record")

@@ -14,20 +14,18 @@ import xxhash
 
 from dtruntime_torch import _C
 from dtruntime_torch.checkpoint.staging import device_changes
-from dtruntime_torch.checkpoint.staging.device import as_bytes
+from dtruntime_torch.checkpoint.staging.chunk_table import ChunkTable
 from dtruntime_torch.checkpoint.staging.sources import Pair
 from dtruntime_torch.checkpoint.staging.stager import Stager, Staging
 from dtruntime_torch.errors import SaveFailed
-from tests.checkpoint.staging.late_device import LateDevice, LateNative
+from tests.checkpoint.staging.late_device import LateDevice, LateNative, raw
 from tests.native.host_builds import STAND_IN, bindings, kernels
 
 CHUNK = 1000
 SPOILED = 0x5A
 KERNELS = ["cuda_list_chunks", "cuda_digest", "cuda_find_changed", "cuda_gather_changed"]
-
-
-def raw(tensor: torch.Tensor) -> bytes:
-    return as_bytes(tensor).numpy().tobytes()
+AT_THE_CALL = ["current cuda_list_chunks", "current cuda_digest", "follow_current"]
+CALLS = [*AT_THE_CALL, "cuda_find_changed", "cuda_gather_changed", "record"]
 
 
 def digests(pairs: list[Pair], chunk: int = CHUNK) -> bytes:
@@ -97,9 +95,11 @@ def test_without_a_change_nothing_is_written(state):
     assert set(memoryview(state.arena)) == {SPOILED}
 
 
-def test_all_is_enqueued_on_the_side_stream_behind_the_current_one_before_start_returns(state):
+def test_digests_are_enqueued_on_the_current_stream_and_copies_on_the_side_behind_it_before_start_returns(
+    state,
+):
     state.start()
-    assert state.device.calls == ["follow_current", *KERNELS, "record"]
+    assert state.device.calls == CALLS
     assert [event.waited for event in state.device.events] == [1, 0]
 
 
@@ -148,13 +148,13 @@ def test_a_change_that_the_device_did_not_gather_fails_the_staging(state, monkey
     """The host compares the tables itself."""
     state.sources[0][0] += 1
     counts = []
-    find_changed = device_changes.ChunkTable.find_changed
+    find_changed = ChunkTable.find_changed
 
     def keeps_the_count(table, now, known):
         counts[:] = [find_changed(table, now, known)]
         return counts[0]
 
-    monkeypatch.setattr(device_changes.ChunkTable, "find_changed", keeps_the_count)
+    monkeypatch.setattr(ChunkTable, "find_changed", keeps_the_count)
     state.device.meddle["cuda_find_changed"] = lambda: counts[0][1].zero_()
     with pytest.raises(SaveFailed, match=r"^weight did not arrive"):
         state.start().wait()
@@ -200,7 +200,7 @@ def test_a_failure_of_the_device_ends_the_staging(state):
     assert staging.ended
 
 
-def test_what_does_not_lie_in_one_piece_is_copied_as_ever(state):
+def test_what_does_not_lie_in_one_piece_is_brought_into_one_and_compared_as_any_other(state):
     turned = state.device.hold(torch.arange(60, dtype=torch.int64)).view(6, 10).T
     state.pairs = [*state.pairs[:2], (turned, 7008)]
     state.stager.start(state.pairs).wait()
@@ -208,10 +208,19 @@ def test_what_does_not_lie_in_one_piece_is_copied_as_ever(state):
     state.sources[0][0] += 1
     state.spoil()
     staging = state.stager.start(state.pairs, only_changed=True)
-    assert state.device.calls == ["follow_current", *KERNELS, "record", "follow_current", "copy", "record"]
+    assert state.device.calls == ["current as_bytes", *CALLS]
     assert staging.wait() == digests(state.pairs)
-    assert (staging.nbytes_copied, staging.chunks_skipped) == (1000 + 480, 5)
-    assert state.held(7008, 480) == raw(turned)
+    assert (staging.nbytes_copied, staging.chunks_skipped) == (1000, 6)
+
+
+def test_what_does_not_lie_in_one_piece_is_copied_if_it_changed(state):
+    turned = state.device.hold(torch.arange(60, dtype=torch.int64)).view(6, 10).T
+    state.pairs = [(turned, 7008)]
+    state.stager.start(state.pairs).wait()
+    turned[3, 3] = -1
+    staging = state.stager.start(state.pairs, only_changed=True)
+    assert staging.wait() == digests(state.pairs)
+    assert staging.nbytes_copied == 480 and state.held(7008, 480) == raw(turned)
 
 
 def test_an_arena_that_the_device_cannot_write_gets_plain_copies_of_all(state):
@@ -219,7 +228,7 @@ def test_an_arena_that_the_device_cannot_write_gets_plain_copies_of_all(state):
     state.spoil()
     staging = state.start()
     assert staging.wait() == digests(state.pairs)
-    assert "cuda_digest" not in state.device.calls
+    assert state.device.calls == [*AT_THE_CALL, *["copy"] * 4, "record"]  # the digests, too
     assert (staging.nbytes_copied, staging.chunks_skipped) == (staging.nbytes, 0)
 
 
@@ -227,7 +236,7 @@ def test_more_chunks_than_the_device_can_list_are_plain_copies(state, monkeypatc
     monkeypatch.setattr(device_changes, "CHUNKS_LIMIT", 8)
     staging = state.start()
     assert staging.wait() == digests(state.pairs)
-    assert "cuda_digest" not in state.device.calls
+    assert state.device.calls == [*AT_THE_CALL, "copy", "copy", "copy", "record"]
 
 
 def test_tensors_of_host_and_device_are_staged_together(state):
@@ -251,9 +260,9 @@ def test_scratch_memory_of_the_device_is_given_back_when_the_kernels_are_done(st
     monkeypatch.setattr(torch, "empty", counted)
     staging = state.start()
     (work,) = staging._on_device
-    assert len(made) == 4 and work._scratch
+    assert len(made) == 4 and work._held
     staging.wait()
-    assert not work._scratch
+    assert not work._held
 
 
 @pytest.mark.parametrize("chunk", [240, 1000, 4096])
