@@ -34,6 +34,10 @@ _DTYPES: dict[str, tuple[int, str | None]] = {
 }
 
 
+NAMES = frozenset(_DTYPES)
+"""Of all dtypes whose tensors can be stored."""
+
+
 def is_known(dtype: str) -> bool:
     """Whether tensors of this dtype can be stored."""
     return dtype in _DTYPES

@@ -58,7 +58,13 @@ def encode_part(part: Part) -> bytes:
     Raises:
         InvalidArgument: `decode_part` would refuse it; the message says why.
     """
-    return _encode("part", part, checks.check_part, part_json.part_to_json)
+    return _encode(
+        "part",
+        part,
+        checks.check_part,
+        part_json.part_to_json,
+        lambda: {"tensors": part_json.tensors_to_text(part.tensors)},
+    )
 
 
 def decode_part(data: bytes, source: str) -> Part:
@@ -147,11 +153,16 @@ def decode_generation(data: bytes, source: str) -> Generation:
 
 
 def _encode(
-    kind: str, record: R, check: Callable[[R], None], to_json: Callable[[R], dict[str, Json]]
+    kind: str,
+    record: R,
+    check: Callable[[R], None],
+    to_json: Callable[[R], dict[str, Json]],
+    to_text: Callable[[], dict[str, str]] = dict,
 ) -> bytes:
     try:
         check(record)
-        return strict_json.dump({"format": f"dtruntime.{kind}", "version": VERSION, **to_json(record)})
+        fields = {"format": f"dtruntime.{kind}", "version": VERSION, **to_json(record)}
+        return strict_json.dump(fields, to_text())
     except ValueError as error:
         raise InvalidArgument(f"this {kind} cannot be written, no reader would take it: {error}") from error
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from dtruntime_torch import _C
 from dtruntime_torch.checkpoint.arguments import check_metadata, check_step
 from dtruntime_torch.checkpoint.cleaning.prune_plan import PruneReport
-from dtruntime_torch.checkpoint.flatten import FlatState, flatten_state
+from dtruntime_torch.checkpoint.flatten import FlatState, Flattener
 from dtruntime_torch.checkpoint.info import CheckpointInfo
 from dtruntime_torch.checkpoint.locks import held
 from dtruntime_torch.checkpoint.objects import Json
@@ -95,6 +95,7 @@ class Saver:
         self._publisher = Publisher(backend, name, members, lineage, policies)
         self._stager = Stager(_C.Arena(0), policies.chunk_bytes)
         self._structure: Structure | None = None
+        self._flattener = Flattener(members.rank)
         self._sequence = 0
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dtruntime-save")
         self._handle: SaveHandle | None = None
@@ -108,7 +109,7 @@ class Saver:
             key = self._next_key()
             with self._declining(key):
                 self.wait()
-                self._agree(key, flatten_state(state, self._members.rank))
+                self._agree(key, self._flattener.flatten(state))
 
     def start(self, state: object, step: object, metadata: object, at_once: bool = False) -> SaveHandle:
         """Takes the snapshot and lets the rest go on in the background.
@@ -246,7 +247,7 @@ class Saver:
         self, key: str, state: object, step: int, metadata: Json, metrics: SaveMetrics, at_once: bool
     ) -> Snapshot:
         self._lineage.check_step(step)
-        flat = flatten_state(state, self._members.rank)
+        flat = self._flattener.flatten(state)
         structure = self._agree(key, flat)
         attempt = self._publisher.open(key, step) if self._lineage.generation is None else None
         layout, members = structure.layout, structure.learnt.members

@@ -82,6 +82,14 @@ def test_a_part_comes_back_equal(part):
     assert manifest.decode_part(manifest.encode_part(part), "part.json") == part
 
 
+@settings(max_examples=50)
+@given(parts())
+def test_a_part_is_canonical_json(part):
+    """Its tensors are put together as text."""
+    encoded = manifest.encode_part(part)
+    assert encoded == json.dumps(json.loads(encoded), sort_keys=True, separators=(",", ":")).encode("ascii")
+
+
 @given(manifests())
 def test_a_manifest_comes_back_equal(record):
     assert manifest.decode_manifest(manifest.encode_manifest(record), "manifest.json") == record

@@ -95,7 +95,8 @@ def check_part(part: Part) -> None:
     _require(len(own) <= 1, "it has two files in its own attempt")
     leaves: list[TensorEntry | ObjectEntry] = [*part.tensors, *part.objects]
     for leaf in leaves:
-        _require(len(leaf.path) <= MAX_DEPTH, f"{leaf.fqn!r} lies more than {MAX_DEPTH} deep")
+        if len(leaf.path) > MAX_DEPTH:
+            raise Refused(f"{leaf.fqn!r} lies more than {MAX_DEPTH} deep")
     for tensor in part.tensors:
         _check_tensor(tensor, part)
     _check_distinct("fqn", (leaf.fqn for leaf in leaves))
@@ -134,7 +135,8 @@ def _check_attempt(path: str, generation: int, step: int) -> None:
 def _check_distinct(what: str, values: Iterable[str]) -> None:
     seen: set[str] = set()
     for value in values:
-        _require(value not in seen, f"the {what} {value!r} occurs twice")
+        if value in seen:
+            raise Refused(f"the {what} {value!r} occurs twice")
         seen.add(value)
 
 
@@ -169,48 +171,57 @@ def _check_file(file: FileRef, part: Part) -> None:
     _require(len(file.header_digest) == DIGEST_BYTES, f"{file.path!r} has no digest of its header")
 
 
+# Run for each tensor of each save: a message is only made where it is needed, other than for `_require`.
+
+
 def _check_tensor(tensor: TensorEntry, part: Part) -> None:
     fqn = tensor.fqn
     if not is_known(tensor.dtype):
         raise Newer(f"{fqn!r} has an unknown dtype {tensor.dtype!r}; upgrade dtruntime_torch")
-    nameable = is_text(tensor.name) and tensor.name != "__metadata__"
-    _require(nameable, f"{tensor.name!r} cannot name a tensor in a safetensors file")
-    _require(tensor.alias != fqn, f"{fqn!r} is tied to itself")
+    if not is_text(tensor.name) or tensor.name == "__metadata__":
+        raise Refused(f"{tensor.name!r} cannot name a tensor in a safetensors file")
+    if tensor.alias == fqn:
+        raise Refused(f"{fqn!r} is tied to itself")
     _check_box(tensor)
-    bytes_like = tensor.dtype == "uint8" and len(tensor.shape) == 1
-    _require(bytes_like or not tensor.is_bytes, f"{fqn!r} is bytes and no 1-d uint8")
-    expected = digest_length(tensor.nbytes, part.chunk_bytes)
-    chunks = expected // DIGEST_BYTES
-    _require(
-        len(tensor.digests) == expected,
-        f"{fqn!r} has {chunks} chunks and {len(tensor.digests)} bytes of digests",
-    )
-    _check_extents_of(tensor, part)
+    if tensor.is_bytes and not (tensor.dtype == "uint8" and len(tensor.shape) == 1):
+        raise Refused(f"{fqn!r} is bytes and no 1-d uint8")
+    nbytes = tensor.nbytes
+    expected = digest_length(nbytes, part.chunk_bytes)
+    if len(tensor.digests) != expected:
+        chunks = expected // DIGEST_BYTES
+        raise Refused(f"{fqn!r} has {chunks} chunks and {len(tensor.digests)} bytes of digests")
+    _check_extents_of(tensor, nbytes, part)
 
 
 def _check_box(tensor: TensorEntry) -> None:
     fqn, whole, offsets, shape = tensor.fqn, tensor.global_shape, tensor.offsets, tensor.shape
-    _require(len(whole) <= MAX_DIMENSIONS, f"{fqn!r} has more than {MAX_DIMENSIONS} dimensions")
-    _require(
-        len(whole) == len(offsets) == len(shape), f"{fqn!r} is not in the whole: it has other dimensions"
-    )
-    for start, size, full in zip(offsets, shape, whole, strict=True):
-        _require(start + size <= full, f"{fqn!r}: [{start}, {start + size}) is not in the whole of {full}")
+    if len(whole) > MAX_DIMENSIONS:
+        raise Refused(f"{fqn!r} has more than {MAX_DIMENSIONS} dimensions")
+    if not len(whole) == len(offsets) == len(shape):
+        raise Refused(f"{fqn!r} is not in the whole: it has other dimensions")
+    if shape != whole or any(offsets):
+        for start, size, full in zip(offsets, shape, whole, strict=True):
+            if start + size > full:
+                raise Refused(f"{fqn!r}: [{start}, {start + size}) is not in the whole of {full}")
     # Empty dimensions count as 1, for strides are computed from the others.
-    elements = math.prod(max(size, 1) for size in whole)
-    _require(elements * itemsize(tensor.dtype) <= MAX_INTEGER, f"{fqn!r} is too large to exist")
+    elements = math.prod(whole) or math.prod(max(size, 1) for size in whole)
+    if elements * itemsize(tensor.dtype) > MAX_INTEGER:
+        raise Refused(f"{fqn!r} is too large to exist")
 
 
-def _check_extents_of(tensor: TensorEntry, part: Part) -> None:
+def _check_extents_of(tensor: TensorEntry, nbytes: int, part: Part) -> None:
     fqn, length = tensor.fqn, 0
     for extent in tensor.extents:
-        _require(extent.file < len(part.files), f"{fqn!r} lies in a file that is not listed")
-        _require(length % part.chunk_bytes == 0, f"{fqn!r}: a chunk spans two extents")
+        if extent.file >= len(part.files):
+            raise Refused(f"{fqn!r} lies in a file that is not listed")
+        if length % part.chunk_bytes:
+            raise Refused(f"{fqn!r}: a chunk spans two extents")
         file, end = part.files[extent.file], extent.offset + extent.length
-        inside = file.header_length <= extent.offset < end <= file.length
-        _require(inside, f"{fqn!r}: bytes [{extent.offset}, {end}) are no data of {file.path}")
+        if not file.header_length <= extent.offset < end <= file.length:
+            raise Refused(f"{fqn!r}: bytes [{extent.offset}, {end}) are no data of {file.path}")
         length += extent.length
-    _require(length == tensor.nbytes, f"{fqn!r} has {tensor.nbytes} bytes and {length} in extents")
+    if length != nbytes:
+        raise Refused(f"{fqn!r} has {nbytes} bytes and {length} in extents")
 
 
 def _check_extents(part: Part) -> None:
@@ -222,7 +233,8 @@ def _check_extents(part: Part) -> None:
         for tensor in part.tensors
         for extent in tensor.extents
     ):
-        _require(offset >= ends[file], f"{fqn!r} overlaps another tensor in {part.files[file].path}")
+        if offset < ends[file]:
+            raise Refused(f"{fqn!r} overlaps another tensor in {part.files[file].path}")
         ends[file] = offset + length
         data[file] += length
     for ref, nbytes in zip(part.files, data, strict=True):

@@ -1,20 +1,27 @@
-"""Parts to JSON values and back; the types are checked here, what they mean in `checks`."""
+"""Parts to JSON values and back; the types are checked here, what they mean in `checks`.
+
+Tensors, of which there may be tens of thousands in each save, are written at once as text: no dict is made for each
+that a collection of garbage goes through, while training waits.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from dtruntime_torch.checkpoint import objects
 from dtruntime_torch.checkpoint.format import strict_json
 from dtruntime_torch.checkpoint.format.records import FileRef, ObjectEntry, Part, TensorEntry
-from dtruntime_torch.checkpoint.format.strict_json import Fields, Refused
+from dtruntime_torch.checkpoint.format.strict_json import Fields, Refused, quoted
 from dtruntime_torch.checkpoint.objects import Json
-from dtruntime_torch.checkpoint.specs import Extent, Kind, Path, PathKey
+from dtruntime_torch.checkpoint.specs import Extent, Kind, Path, PathKey, Shape
 
 _CONTAINERS: dict[str, Kind] = {"d": "dict", "o": "ordered_dict", "l": "list", "t": "tuple"}
+_TRUTHS = ("false", "true")
 _LETTERS = {container: letter for letter, container in _CONTAINERS.items()}
 
 
 def part_to_json(part: Part) -> dict[str, Json]:
-    """The fields of a part."""
+    """The fields of a part, but for `tensors`."""
     return {
         "rank": part.rank,
         "world_size": part.world_size,
@@ -24,7 +31,6 @@ def part_to_json(part: Part) -> dict[str, Json]:
         "completed_by": list(part.completed_by),
         "chunk_bytes": part.chunk_bytes,
         "files": [_file_to_json(file) for file in part.files],
-        "tensors": [_tensor_to_json(tensor) for tensor in part.tensors],
         "objects": [_object_to_json(entry) for entry in part.objects],
     }
 
@@ -63,22 +69,57 @@ def _file_from(fields: Fields) -> FileRef:
     )
 
 
-def _tensor_to_json(tensor: TensorEntry) -> Json:
-    return {
-        "fqn": _text_to_json(tensor.fqn),
-        "path": path_to_json(tensor.path),
-        "index": tensor.index,
-        "name": tensor.name,
-        "dtype": tensor.dtype,
-        "global_shape": list(tensor.global_shape),
-        "offsets": list(tensor.offsets),
-        "shape": list(tensor.shape),
-        "per_rank": tensor.per_rank,
-        "alias": None if tensor.alias is None else _text_to_json(tensor.alias),
-        "is_bytes": tensor.is_bytes,
-        "extents": [[extent.file, extent.offset, extent.length] for extent in tensor.extents],
-        "digests": tensor.digests.hex(),
-    }
+def tensors_to_text(tensors: Sequence[TensorEntry]) -> str:
+    """The field `tensors` of a part, as canonical JSON."""
+    texts = _Texts()
+    return f"[{','.join([_tensor_to_text(tensor, texts) for tensor in tensors])}]"
+
+
+def _tensor_to_text(tensor: TensorEntry, texts: _Texts) -> str:
+    fqn = _text_to_text(tensor.fqn)
+    return (
+        f'{{"alias":{"null" if tensor.alias is None else _text_to_text(tensor.alias)},'
+        f'"digests":"{tensor.digests.hex()}",'
+        f'"dtype":"{tensor.dtype}",'
+        f'"extents":[{",".join([f"[{e.file},{e.offset},{e.length}]" for e in tensor.extents])}],'
+        f'"fqn":{fqn},'
+        f'"global_shape":{texts.of_numbers(tensor.global_shape)},'
+        f'"index":{tensor.index},'
+        f'"is_bytes":{_TRUTHS[tensor.is_bytes]},'
+        f'"name":{fqn if tensor.name == tensor.fqn else quoted(tensor.name)},'
+        f'"offsets":{texts.of_numbers(tensor.offsets)},'
+        f'"path":[{",".join([texts.of_step(step) for step in tensor.path])}],'
+        f'"per_rank":{_TRUTHS[tensor.per_rank]},'
+        f'"shape":{texts.of_numbers(tensor.shape)}}}'
+    )
+
+
+class _Texts:
+    """What tensors of one part have in common, as canonical JSON: shapes, and the steps to the containers they lie in."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[Shape, str] = {}
+        self._steps: dict[int, str] = {}  # by id: neighbours have the very same
+
+    def of_numbers(self, numbers: Shape) -> str:
+        text = self._numbers.get(numbers)
+        if text is None:
+            text = self._numbers[numbers] = f"[{','.join(map(str, numbers))}]"
+        return text
+
+    def of_step(self, step: PathKey) -> str:
+        text = self._steps.get(id(step))
+        if text is None:
+            # The commonest key, which differs from leaf to leaf.
+            key = (
+                _text_to_text(step.key) if type(step.key) is str else strict_json.encoded(_key_to_json(step))
+            )
+            text = self._steps[id(step)] = f'["{_LETTERS[step.container]}",{key}]'
+        return text
+
+
+def _text_to_text(text: str) -> str:
+    return quoted(text) if objects.is_text(text) else strict_json.encoded(_text_to_json(text))
 
 
 def _tensor_from(fields: Fields) -> TensorEntry:
@@ -129,7 +170,11 @@ def _object_from(fields: Fields) -> ObjectEntry:
 def path_to_json(path: Path) -> Json:
     """The way to a leaf, a pair for each step."""
     # A position in a list is a small integer, which is its own encoding.
-    return [[_LETTERS[step.container], objects.encode(step.key, "a key of the state")] for step in path]
+    return [[_LETTERS[step.container], _key_to_json(step)] for step in path]
+
+
+def _key_to_json(step: PathKey) -> Json:
+    return objects.encode(step.key, "a key of the state")
 
 
 def path_from(fields: Fields) -> Path:

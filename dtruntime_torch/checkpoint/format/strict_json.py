@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dtruntime_torch.checkpoint.names import MAX_INTEGER
 from dtruntime_torch.checkpoint.objects import Json, is_text
 
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
+
 
 class Refused(ValueError):
     """Why something is no record of ours; whoever knows the file's name makes the error of it."""
@@ -22,8 +24,12 @@ class Newer(Refused):
     """The file says that it needs a later version of this package."""
 
 
-def dump(value: Mapping[str, Json]) -> bytes:
+def dump(value: Mapping[str, Json], ready: Mapping[str, str] | None = None) -> bytes:
     """Encodes canonically.
+
+    Args:
+        value: fields of an object.
+        ready: more of its fields, none of which are in `value`; their values are canonical JSON already.
 
     Raises:
         ValueError: a float is not finite, or it is nested too deep.
@@ -31,11 +37,27 @@ def dump(value: Mapping[str, Json]) -> bytes:
     Example:
         >>> dump({"b": [1, 2.5], "a": None})
         b'{"a":null,"b":[1,2.5]}'
+        >>> dump({"b": 1}, {"a": "[2]"})
+        b'{"a":[2],"b":1}'
     """
     try:
-        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+        if not ready:
+            return encoded(value).encode("ascii")
+        texts = {**{key: encoded(field) for key, field in value.items()}, **ready}
+        fields = ",".join(f"{quoted(key)}:{texts[key]}" for key in sorted(texts))
+        return f"{{{fields}}}".encode("ascii")
     except RecursionError:
         raise Refused("it is nested too deep") from None
+
+
+def quoted(text: str) -> str:
+    """A string as it is in canonical JSON."""
+    return json.encoder.encode_basestring_ascii(text)
+
+
+def encoded(value: Json | Mapping[str, Json]) -> str:
+    """A value as canonical JSON."""
+    return _ENCODER.encode(value)
 
 
 def parse(data: bytes) -> Fields:

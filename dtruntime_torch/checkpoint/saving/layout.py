@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 
 from dtruntime_torch.checkpoint.dtypes import itemsize, safetensors_code
-from dtruntime_torch.checkpoint.specs import SavePlan, TensorSpec, WriteItem
+from dtruntime_torch.checkpoint.specs import Extent, SavePlan, TensorSpec, WriteItem
 from dtruntime_torch.errors import InvalidArgument
 
 ALIGNMENT = 64
@@ -29,11 +29,13 @@ class Slot:
         item: what is written there.
         offset: its first byte in the file.
         nbytes: its bytes.
+        extents: the same as a full save's part says it: one, or none of an empty tensor.
     """
 
     item: WriteItem
     offset: int
     nbytes: int
+    extents: tuple[Extent, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +73,9 @@ def make_layout(plan: SavePlan) -> Layout:
     header = _encode_header(items)
     slots, offset = [], len(header)
     for item in items:
-        slots.append(Slot(item, offset, item.spec.nbytes))
-        offset += item.spec.nbytes
+        nbytes = item.spec.nbytes
+        slots.append(Slot(item, offset, nbytes, (Extent(0, offset, nbytes),) if nbytes else ()))
+        offset += nbytes
     return Layout(header, tuple(slots), offset)
 
 

@@ -88,7 +88,7 @@ async def write_shard(
     header = layout.header if delta is None else DELTA_HEADER
     length = sum(view.nbytes for view in data)
     own = FileRef(f"{attempt.path}/{data_name}", length, len(header), _C.digest(header, len(header)))
-    extents = _whole_extents(layout) if delta is None else delta.extents
+    extents = [slot.extents for slot in layout.slots] if delta is None else delta.extents
     part = Part(
         rank=plan.rank,
         world_size=plan.world_size,
@@ -141,10 +141,6 @@ def _delta_file(image: memoryview, delta: Delta) -> list[memoryview]:
     if not delta.runs:
         return []
     return [memoryview(DELTA_HEADER), *(image[start : start + nbytes] for start, nbytes in delta.runs)]
-
-
-def _whole_extents(layout: Layout) -> list[tuple[Extent, ...]]:
-    return [(Extent(0, slot.offset, slot.nbytes),) if slot.nbytes else () for slot in layout.slots]
 
 
 def _tensor_entries(

@@ -109,8 +109,10 @@ def sort_sources(
     native: list[int] = []
     by_torch: list[int] = []
     on_device: dict[Device, list[int]] = {}
+    end, in_a_row = 0, True
     for number, (tensor, offset) in enumerate(pairs):
-        if tensor.layout is not torch.strided or tensor.is_meta:
+        on_host = tensor.is_cpu
+        if tensor.layout is not torch.strided or not (on_host or not tensor.is_meta):
             raise InvalidArgument(
                 f"{_describe(number, tensor, offset)}: it has no bytes that could be copied"
             )
@@ -118,8 +120,11 @@ def sort_sources(
         if not 0 <= offset <= arena_nbytes - nbytes:
             raise InvalidArgument(f"{_describe(number, tensor, offset)}: the arena has {arena_nbytes} bytes")
         lengths.append(nbytes)
+        if nbytes:
+            in_a_row = in_a_row and end <= offset
+            end = offset + nbytes
         device = find_device(tensor)
-        if nbytes == 0 or (device is None and tensor.is_cpu and in_one_piece(tensor)):
+        if nbytes == 0 or (device is None and on_host and in_one_piece(tensor)):
             native.append(number)
         elif device is not None:
             on_device.setdefault(device, []).append(number)
@@ -132,7 +137,8 @@ def sort_sources(
             by_torch.append(number)
     tensors, offsets = [tensor for tensor, _ in pairs], [offset for _, offset in pairs]
     sources = Sources(tensors, offsets, lengths, native, by_torch, on_device, PairNames(names))
-    _check_disjoint(sources)
+    if not in_a_row:
+        _check_disjoint(sources)
     return sources
 
 

@@ -43,26 +43,50 @@ class _Naming(NamedTuple):
 _namings: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Naming] = weakref.WeakKeyDictionary()
 
 
-def clean_name(module: torch.nn.Module, name: str) -> str:
-    """Takes what DDP, torch.compile and activation checkpointing add out of a name in `module.state_dict()`.
+class NameCleaner:
+    """Takes what DDP, torch.compile and activation checkpointing add out of the names in `module.state_dict()`.
+
+    To be made anew for each state, in which the names of a module's tensors follow each other.
 
     Args:
         module: the root.
-        name: of a parameter, a buffer or an extra state.
 
     Example:
         >>> from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
         >>> wrapped = torch.nn.Sequential(checkpoint_wrapper(torch.nn.Linear(1, 1)))
-        >>> clean_name(wrapped, "0._checkpoint_wrapped_module.weight")
+        >>> NameCleaner(wrapped)("0._checkpoint_wrapped_module.weight")
         '0.weight'
     """
-    kept = []
-    current: object = module
-    for part in name.replace(_CHECKPOINT_WRAPPER, "").split("."):
-        if part != _child_of_wrapper(current):
-            kept.append(part)
-        current = getattr(current, part, None)
-    return ".".join(kept)
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._root = _Owner(module, "", _child_of_wrapper(module))
+        self._owners: dict[str, _Owner] = {}
+
+    def __call__(self, name: str) -> str:
+        """Cleans the name of a parameter, a buffer or an extra state."""
+        if _CHECKPOINT_WRAPPER in name:
+            name = name.replace(_CHECKPOINT_WRAPPER, "")
+        before, dot, last = name.rpartition(".")
+        owner = self._owner(before) if dot else self._root
+        return owner.prefix[:-1] if last == owner.left_out else owner.prefix + last
+
+    def _owner(self, name: str) -> _Owner:
+        known = self._owners.get(name)
+        if known is None:
+            before, dot, last = name.rpartition(".")
+            above = self._owner(before) if dot else self._root
+            module = getattr(above.module, last, None)
+            prefix = above.prefix if last == above.left_out else f"{above.prefix}{last}."
+            known = self._owners[name] = _Owner(module, prefix, _child_of_wrapper(module))
+        return known
+
+
+class _Owner(NamedTuple):
+    """What a name leads through: the cleaned name of it with a dot, and the name of its child that is left out."""
+
+    module: object
+    prefix: str
+    left_out: str | None
 
 
 def _child_of_wrapper(module: object) -> str | None:
@@ -128,7 +152,8 @@ def _find_names(
 
 
 def _names_in(module: torch.nn.Module) -> dict[int, str]:
-    return {id(parameter): clean_name(module, name) for name, parameter in module.named_parameters()}
+    clean = NameCleaner(module)
+    return {id(parameter): clean(name) for name, parameter in module.named_parameters()}
 
 
 def named_state(optimizer: torch.optim.Optimizer, names: Sequence[str], where: str) -> dict[str, Any]:

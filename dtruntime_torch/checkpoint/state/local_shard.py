@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]  # not in its __all__
@@ -19,6 +20,15 @@ if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement
 
     Placements = tuple[Placement, ...]
+
+
+PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
+"""Classes of tensors that are nothing else: a subclass may be anything."""
+
+_NAMES = {getattr(torch, name): name for name in dtypes.NAMES if hasattr(torch, name)}
+_STRIDED = torch.strided
+# Of those only a complex one may be conjugated.
+_REAL = frozenset(dtype for dtype in _NAMES if not dtype.is_complex)
 
 
 class Box(NamedTuple):
@@ -43,7 +53,9 @@ class BoxFinder:
     """Finds boxes, each kind of sharding once: a model has many tensors of few kinds."""
 
     def __init__(self) -> None:
-        self._found: dict[Hashable, Box] = {}
+        self._whole: dict[Shape, Box] = {}
+        # By the id of the mesh, which is not kept alive: it holds a tensor.
+        self._found: dict[int, tuple[weakref.ref[DeviceMesh], dict[Hashable, Box]]] = {}
 
     def find(self, tensor: torch.Tensor, where: str) -> Box:
         """The box of a tensor on this rank.
@@ -55,26 +67,51 @@ class BoxFinder:
         Raises:
             UnsupportedType: it is a DTensor whose shard is no box, or that is not there yet (Partial).
         """
-        shape = tuple(tensor.shape)
         if not is_dtensor(tensor):
-            return Box((0,) * len(shape), shape, "", None)
-        key = (shape, tensor.device_mesh, tensor.placements)
-        if key not in self._found:
-            self._found[key] = _find_box(shape, tensor.device_mesh, tensor.placements, where)
-        box = self._found[key]
-        local_shape = tuple(local_part(tensor).shape)
+            return self.whole(tensor.shape)
+        return self.of_shard(tensor, local_part(tensor).shape, where)
+
+    def of_shard(self, tensor: DTensor, local_shape: Shape, where: str) -> Box:
+        """The box of a DTensor whose local shard has that shape; raises as `find` does."""
+        shape = tensor.shape
+        mesh, placements = tensor.device_mesh, tensor.placements
+        found = self._on_mesh(mesh)
+        box = found.get((shape, placements))
+        if box is None:
+            box = found[shape, placements] = _find_box(tuple(shape), mesh, placements, where)
         if local_shape != box.shape:
             raise UnsupportedType(
                 f"{where}: the local shard has shape {list(local_shape)}, and the placements "
-                f"{tensor.placements} of a tensor of shape {list(shape)} give {list(box.shape)}"
+                f"{placements} of a tensor of shape {list(shape)} give {list(box.shape)}"
             )
         return box
+
+    def whole(self, shape: Shape) -> Box:
+        """The box of a plain tensor."""
+        box = self._whole.get(shape)
+        if box is None:
+            box = self._whole[shape] = Box((0,) * len(shape), tuple(shape), "", None)
+        return box
+
+    def _on_mesh(self, mesh: DeviceMesh) -> dict[Hashable, Box]:
+        known = self._found.get(id(mesh))
+        if known is None or known[0]() is not mesh:
+            known = self._found[id(mesh)] = (weakref.ref(mesh), {})
+        return known[1]
 
 
 def is_dtensor(value: object) -> TypeGuard[DTensor]:
     """Whether the value is a DTensor, told without importing what only who has one needs."""
+    if type(value) in PLAIN_TENSORS:
+        return False
+    kind = dtensor_class()
+    return kind is not None and isinstance(value, kind)
+
+
+def dtensor_class() -> type[DTensor] | None:
+    """The class of DTensors; None where nobody has imported it, so that there are none."""
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(value, module.DTensor)
+    return None if module is None else module.DTensor
 
 
 def local_tensor(tensor: torch.Tensor, where: str) -> torch.Tensor:
@@ -83,8 +120,10 @@ def local_tensor(tensor: torch.Tensor, where: str) -> torch.Tensor:
     Raises:
         UnsupportedType: it has no data that could be stored as it is; the message says what to do.
     """
-    check_dtype(tensor, where)
     local = local_part(tensor)
+    if is_common(local) and tensor.dtype is local.dtype:
+        return local.detach()
+    check_dtype(tensor, where)
     if local is not tensor and hasattr(type(local), "__tensor_flatten__"):
         raise UnsupportedType(
             f"{where}: the shards of this DTensor are {type(local).__qualname__}s, which wrap other tensors; how those "
@@ -99,12 +138,27 @@ def local_tensor(tensor: torch.Tensor, where: str) -> torch.Tensor:
     return local.detach().resolve_conj().resolve_neg()
 
 
+def is_common(tensor: Any) -> TypeGuard[torch.Tensor]:
+    """Whether it is a tensor that surely passes all checks, and its bytes are those of its elements."""
+    return (
+        type(tensor) in PLAIN_TENSORS
+        and tensor.dtype in _REAL
+        and tensor.layout is _STRIDED
+        and not tensor.is_nested
+        and not tensor.is_meta
+        and tensor.is_contiguous()
+        and not tensor.is_neg()
+        and tensor.nbytes + tensor.storage_offset() * tensor.itemsize <= tensor.untyped_storage().nbytes()
+        and tensor.dim() <= MAX_DIMENSIONS
+    )
+
+
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """A DTensor's local shard, or the tensor itself."""
     if not is_dtensor(tensor):
         return tensor
-    with torch.no_grad():
-        local: torch.Tensor = tensor.to_local()
+    # What `to_local` returns where no gradient is recorded; to turn that off and on would cost more than all the rest.
+    local: torch.Tensor = tensor._local_tensor
     # The result of a collective that may still be under way.
     return local.wait() if hasattr(local, "wait") else local
 
@@ -134,7 +188,7 @@ def check_dtype(tensor: torch.Tensor, where: str) -> None:
 
 def dtype_name(tensor: torch.Tensor) -> str:
     """A tensor's dtype as specs name it: "bfloat16"."""
-    return str(tensor.dtype).removeprefix("torch.")
+    return _NAMES.get(tensor.dtype) or str(tensor.dtype).removeprefix("torch.")
 
 
 def check_plain(tensor: torch.Tensor, where: str) -> None:
@@ -178,7 +232,7 @@ def check_class(tensor: torch.Tensor, where: str) -> None:
         UnsupportedType: says what to store instead.
     """
     kind = type(tensor)
-    if kind not in (torch.Tensor, torch.nn.Parameter) and not is_dtensor(tensor):
+    if kind not in PLAIN_TENSORS and not is_dtensor(tensor):
         raise UnsupportedType(
             f"{where}: a {kind.__module__}.{kind.__qualname__} would come back as a plain tensor; store "
             f"tensor.as_subclass(torch.Tensor), which may be loaded into such a one, or the module that holds it"

@@ -9,19 +9,18 @@ A save refuses containers of types that would not come back; a load fills whatev
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from typing import Any, Generic, Protocol, TypeGuard, TypeVar
 
 import torch
 
 from dtruntime_torch.checkpoint import objects
 from dtruntime_torch.checkpoint.specs import Kind, Path, PathKey
+from dtruntime_torch.checkpoint.state.local_shard import PLAIN_TENSORS, dtensor_class
 from dtruntime_torch.checkpoint.state.wrappers import WRAPPING, is_wrapper, take_apart
 from dtruntime_torch.errors import InvalidArgument, UnsupportedType
 
 T = TypeVar("T")
-Replace = Callable[[object], None]
 
 # The name of a state that is one value and no dict.
 ROOT_NAME = "data"
@@ -30,6 +29,8 @@ ROOT_NAME = "data"
 _KINDS: dict[type, Kind] = {dict: "dict", OrderedDict: "ordered_dict", list: "list", tuple: "tuple"}
 
 _COMMON_LEAVES = frozenset({type(None), bool, int, float, str, bytes})
+_LEAVES = _COMMON_LEAVES | PLAIN_TENSORS
+_STRINGS = {str}
 
 
 class PerRank(Generic[T]):
@@ -58,33 +59,101 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: Any) -> Any: ...
 
 
-@dataclass(frozen=True, slots=True)
+class Place:
+    """Where something lies in states of one structure. A walk makes the places that it comes to, the next finds them.
+
+    Nothing of a state is in here but the keys of its containers.
+
+    Attributes:
+        path: the way there.
+        fqn: the keys of the path joined by dots.
+    """
+
+    __slots__ = ("_inside", "fqn", "path")
+
+    def __init__(self, path: Path, fqn: str) -> None:
+        self.path = path
+        self.fqn = fqn
+        self._inside: dict[Kind, dict[str | int, Place]] = {}
+
+    def inside(self, container: Kind) -> dict[str | int, Place]:
+        """The places that are known in a container of that kind, by keys of exactly these types."""
+        known = self._inside.get(container)
+        if known is None:
+            known = self._inside[container] = {}
+        return known
+
+    def child(self, container: Kind, key: object, name: str | None = None) -> Place:
+        """The place of what lies under a key; another name than the key's makes a place that is not kept."""
+        # 1, 1.0 and True are one key of a dict, and have different names.
+        kept = name is None and (type(key) is str or type(key) is int)
+        known = self.inside(container).get(key) if kept else None  # type: ignore[call-overload]
+        if known is not None:
+            return known  # type: ignore[no-any-return]
+        name = str(key) if name is None else name
+        made = Place((*self.path, PathKey(container, key)), join_names(self.fqn, name) if self.path else name)
+        if kept:
+            self.inside(container)[key] = made  # type: ignore[index]
+        return made
+
+    def forget_others(self, container: Kind, keys: Collection[object]) -> None:
+        """Keeps of a container only what lies under these keys."""
+        known = self.inside(container)
+        if len(known) > len(keys):
+            self._inside[container] = {key: known[key] for key in known.keys() & set(keys)}
+
+
 class Node:
     """A leaf of a state, or a stateful object in it.
 
     Attributes:
-        path: the way to it.
-        fqn: its name: the path's keys joined by dots.
+        place: where it lies.
         value: what lies there.
         per_rank: it lies in a `PerRank`.
-        replace: puts another value into its place.
+        owner: the container that holds it, if another value can be put there.
     """
 
-    path: Path
-    fqn: str
-    value: Any
-    per_rank: bool
-    replace: Replace
+    # Tens of thousands are made for each save: neither a frozen dataclass nor a closure to replace it by.
+    __slots__ = ("_put", "owner", "per_rank", "place", "value")
+
+    def __init__(
+        self,
+        place: Place,
+        value: Any,
+        per_rank: bool = False,
+        put: Callable[[Node, object], None] | None = None,
+        owner: Node | None = None,
+    ) -> None:
+        self.place = place
+        self.value = value
+        self.per_rank = per_rank
+        self._put = put
+        self.owner = owner
+
+    @property
+    def path(self) -> Path:
+        """The way to it."""
+        return self.place.path
+
+    @property
+    def fqn(self) -> str:
+        """Its name: the path's keys joined by dots."""
+        return self.place.fqn
 
     @property
     def where(self) -> str:
         """Its name in errors."""
         return self.fqn or "the state"
 
-    def child(self, container: Kind, key: object, value: object, replace: Replace) -> Node:
-        """What this node's value holds under a key."""
-        name = join_names(self.fqn, str(key)) if self.path else str(key)
-        return Node((*self.path, PathKey(container, key)), name, value, self.per_rank, replace)
+    def child(self, container: Kind, key: object, value: object) -> Node:
+        """What this node's value holds under a key, which no other can be put for."""
+        return Node(self.place.child(container, key), value, self.per_rank)
+
+    def replace(self, value: object) -> None:
+        """Puts another value into its place."""
+        if self._put is None:
+            raise InvalidArgument("bytes cannot be filled in place; use load_checkpoint")
+        self._put(self, value)
 
 
 Look = Callable[[Node], None]
@@ -111,12 +180,13 @@ def keep_types(container: Node) -> None:
     )
 
 
-def nodes(state: object, look: Look = fill_any) -> Iterator[Node]:
+def nodes(state: object, look: Look = fill_any, root: Place | None = None) -> Iterator[Node]:
     """Finds the leaves and the stateful objects of a state, in the order of the state.
 
     Args:
         state: a dict, or bytes.
         look: is shown each container before it is entered, and may raise.
+        root: where the state lies, for names that are known from an earlier walk.
 
     Raises:
         InvalidArgument: it is neither.
@@ -131,11 +201,10 @@ def nodes(state: object, look: Look = fill_any) -> Iterator[Node]:
             f"a state is a dict or bytes, and not a {type(state).__qualname__}; give it a name: "
             f'{{"model": model}}'
         )
-    root = Node((), "" if isinstance(state, Mapping) else ROOT_NAME, state, False, cannot_replace)
     if isinstance(state, Mapping):
-        yield from _enter(root, frozenset(), look)
+        yield from _enter(Node(root or Place((), ""), state), (), look)
     else:
-        yield root
+        yield Node(Place((), ROOT_NAME), state)
 
 
 def nodes_below(node: Node, state: object, look: Look = fill_any) -> Iterator[Node]:
@@ -146,7 +215,7 @@ def nodes_below(node: Node, state: object, look: Look = fill_any) -> Iterator[No
         state: what it returned, mostly a dict.
         look: as for `nodes`.
     """
-    yield from _walk(Node(node.path, node.fqn, state, node.per_rank, cannot_replace), frozenset(), look)
+    yield from _walk(Node(node.place, state, node.per_rank), (), look)
 
 
 def name_clash(fqn: str, first: Path, second: Path) -> InvalidArgument:
@@ -169,14 +238,14 @@ def is_stateful(value: object) -> TypeGuard[Stateful]:
     return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
 
 
-def _walk(node: Node, inside: frozenset[int], look: Look) -> Iterator[Node]:
+def _walk(node: Node, inside: tuple[int, ...], look: Look) -> Iterator[Node]:
     value = node.value
     if is_wrapper(value):
         yield from _parts_of_wrapper(node, _deeper(node, inside), look)
     elif isinstance(value, torch.Tensor):
         yield node
     elif isinstance(value, PerRank):
-        inner = Node(node.path, node.fqn, value.value, True, lambda new: setattr(value, "value", new))
+        inner = Node(node.place, value.value, True, _put_inside, node)
         yield from _walk(inner, _deeper(node, inside), look)
     elif is_stateful(value) or not _is_entered(value):
         yield node
@@ -184,21 +253,29 @@ def _walk(node: Node, inside: frozenset[int], look: Look) -> Iterator[Node]:
         yield from _enter(node, inside, look)
 
 
-def _parts_of_wrapper(node: Node, inside: frozenset[int], look: Look) -> Iterator[Node]:
+def _parts_of_wrapper(node: Node, inside: tuple[int, ...], look: Look) -> Iterator[Node]:
     inner, wrapping = take_apart(node.value, node.fqn)
     for name, part in inner.items():
-        yield from _walk(node.child("dict", name, part, cannot_replace), inside, look)
-    yield node.child("dict", WRAPPING, wrapping, cannot_replace)
+        yield from _walk(node.child("dict", name, part), inside, look)
+    yield node.child("dict", WRAPPING, wrapping)
 
 
-def _enter(node: Node, inside: frozenset[int], look: Look) -> Iterator[Node]:
+def _enter(node: Node, inside: tuple[int, ...], look: Look) -> Iterator[Node]:
     inside = _deeper(node, inside)
     look(node)
+    kind_of_shards = dtensor_class()
     for child in _children(node):
-        yield from _walk(child, inside, look)
+        # Most leaves are told by their type; to ask what else they might be takes longer than all the rest.
+        kind = type(child.value)
+        if kind in _LEAVES or kind is kind_of_shards:
+            yield child
+        elif kind is dict and set(map(type, child.value)) == _STRINGS:
+            yield from _enter(child, inside, look)
+        else:
+            yield from _walk(child, inside, look)
 
 
-def _deeper(node: Node, inside: frozenset[int]) -> frozenset[int]:
+def _deeper(node: Node, inside: tuple[int, ...]) -> tuple[int, ...]:
     if id(node.value) in inside:
         raise UnsupportedType(
             f"{node.where}: a {type(node.value).__qualname__} that contains itself cannot be stored"
@@ -207,7 +284,7 @@ def _deeper(node: Node, inside: frozenset[int]) -> frozenset[int]:
         raise UnsupportedType(
             f"{node.where}: more than {objects.MAX_DEPTH} containers in each other cannot be stored"
         )
-    return inside | {id(node.value)}
+    return (*inside, id(node.value))
 
 
 def _is_entered(value: object) -> bool:
@@ -238,19 +315,26 @@ def holds_tensor(container: object) -> bool:
 
 
 def _children(node: Node) -> Iterator[Node]:
-    value = node.value
+    value, place, per_rank = node.value, node.place, node.per_rank
     if isinstance(value, Mapping):
+        kind = _KINDS.get(type(value), "dict")
+        known = place.inside(kind)
         for key, item in value.items():
-            if type(key) is not str:
-                _check_key(key, f"{node.where}, a key of it")
-            yield node.child(_KINDS.get(type(value), "dict"), key, item, _setter(value, key, node.fqn))
+            child = known.get(key) if type(key) is str or type(key) is int else None
+            if child is None:
+                if type(key) is not str:
+                    _check_key(key, f"{node.where}, a key of it")
+                child = place.child(kind, key)
+            yield Node(child, item, per_rank, _put_item, node)
+        place.forget_others(kind, value)
     elif isinstance(value, list):
         for i, item in enumerate(value):
-            yield node.child("list", i, item, _setter(value, i, node.fqn))
+            yield Node(place.child("list", i), item, per_rank, _put_item, node)
+        place.forget_others("list", range(len(value)))
     else:
-        items = list(value)
         for i, item in enumerate(value):
-            yield node.child("tuple", i, item, _tuple_setter(node, items, i))
+            yield Node(place.child("tuple", i), item, per_rank, _put_element, node)
+        place.forget_others("tuple", range(len(value)))
 
 
 def _check_key(key: object, where: str) -> None:
@@ -274,24 +358,27 @@ def _is_plain(key: object) -> bool:
     return type(key) in _COMMON_LEAVES | {complex} and key == key
 
 
-def _setter(container: Any, key: Any, fqn: str) -> Replace:
-    def replace(value: object) -> None:
-        if not isinstance(container, (MutableMapping, list)):
-            raise InvalidArgument(f"{fqn}: a {type(container).__qualname__} cannot be changed; pass a dict")
-        container[key] = value
-
-    return replace
+def _put_inside(node: Node, value: object) -> None:
+    assert node.owner is not None
+    node.owner.value.value = value
 
 
-def _tuple_setter(node: Node, items: list[object], position: int) -> Replace:
-    def replace(value: object) -> None:
-        items[position] = value
-        kind = type(node.value)
-        node.replace(kind(*items) if hasattr(kind, "_fields") else kind(items))
+def _put_item(node: Node, value: object) -> None:
+    assert node.owner is not None
+    container = node.owner.value
+    if not isinstance(container, (MutableMapping, list)):
+        raise InvalidArgument(
+            f"{node.owner.fqn}: a {type(container).__qualname__} cannot be changed; pass a dict"
+        )
+    container[node.path[-1].key] = value  # type: ignore[call-overload]  # in a list an int
 
-    return replace
 
-
-def cannot_replace(value: object) -> None:
-    """Stands for the way back of a value that no container of the user's holds."""
-    raise InvalidArgument("bytes cannot be filled in place; use load_checkpoint")
+def _put_element(node: Node, value: object) -> None:
+    owner = node.owner
+    assert owner is not None
+    items = list(owner.value)
+    items[node.path[-1].key] = value  # type: ignore[call-overload]  # the position in a tuple
+    kind = type(owner.value)
+    new = kind(*items) if hasattr(kind, "_fields") else kind(items)
+    owner.replace(new)
+    owner.value = new

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_op
 from torch.nn.parallel import DistributedDataParallel
 
 from dtruntime_torch.checkpoint.state import fqns
-from dtruntime_torch.checkpoint.state.fqns import clean_name, named_state, parameter_names
+from dtruntime_torch.checkpoint.state.fqns import NameCleaner, named_state, parameter_names
 from dtruntime_torch.errors import InvalidArgument, UnsupportedType
 from tests.checkpoint.memory_checkpoint import exact
 from tests.checkpoint.optimizers import OPTIMIZERS, make_model, train
@@ -57,7 +57,8 @@ def compiled_in_place(module: torch.nn.Module) -> torch.nn.Module:
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_names_are_those_of_dcp(wrapper):
     module = WRAPPERS[wrapper]()
-    assert [clean_name(module, key) for key in module.state_dict()] == list(get_model_state_dict(module))
+    clean = NameCleaner(module)
+    assert [clean(key) for key in module.state_dict()] == list(get_model_state_dict(module))
 
 
 @pytest.mark.usefixtures("process_group")
@@ -116,7 +117,7 @@ def test_a_fresh_optimizer_is_named_without_a_step():
 
 def test_a_module_s_own_name_for_a_key_stays():
     module = torch.nn.Linear(1, 1)
-    assert clean_name(module, "made.by.a.hook") == "made.by.a.hook"
+    assert NameCleaner(module)("made.by.a.hook") == "made.by.a.hook"
 
 
 def test_naming_changes_nothing():
