@@ -9,11 +9,9 @@ import pytest
 import torch
 
 import dtruntime_torch as dt
-from dtruntime_torch import _C
 from dtruntime_torch.checkpoint.door import DOOR
 from dtruntime_torch.errors import CheckpointNotFound, SaveFailed
 from tests.checkpoint.late_jobs import LateJobs
-from tests.checkpoint.patient_job import PatientJob
 from tests.late_saves import SIZE, assert_saved, backward, copy_of, jobs, make_model, manager
 
 __all__ = ["jobs", "manager"]
@@ -162,27 +160,18 @@ def test_after_a_step_was_captured_in_a_graph_nothing_is_late_any_more(manager, 
         assert manager.save_async({"model": model}, 1).staged()
 
 
-def test_a_step_that_waited_long_enough_goes_on_and_that_save_fails(tmp_path, monkeypatch):
+def test_a_step_that_waited_long_enough_goes_on_and_that_save_fails(tmp_path, jobs):
     model, optimizer = trained()
-    with dt.CheckpointManager(tmp_path, door_timeout=0.05) as manager:
-        small = {"count": torch.ones(3)}
-        manager.prepare({"model": model, **small})
-        with monkeypatch.context() as patch:
-            patch.setattr(_C, "CopyJob", PatientForLate)
-            handle = manager.save_async({"model": model, **small}, 1)
-            before = model[0].weight.detach().clone()
-            optimizer.step()
+    jobs.least_timeout = 1.0
+    with dt.CheckpointManager(tmp_path, door_timeout=0.05, timeout=30) as manager:
+        handle = manager.save_async({"model": model}, 1)
+        before = model[0].weight.detach().clone()
+        optimizer.step()
         assert not torch.equal(before, model[0].weight)
+        jobs.release()
         with pytest.raises(
             SaveFailed, match=r"the step of an optimizer waited 0.05 s for this save, which is given up"
         ):
             handle.result(60)
-        manager.save({"model": model, **small}, 2)
+        manager.save({"model": model}, 2)
         assert [info.step for info in manager.list()] == [2]
-
-
-class PatientForLate(PatientJob):
-    """Copies what is asked for without a limit, and nothing that a step asks for."""
-
-    def wait(self, copies: list[int] | None = None, timeout: float | None = None, help: bool = True) -> bool:
-        return (timeout == 600.0 and help) or super().wait(copies, timeout, help)

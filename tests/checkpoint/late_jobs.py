@@ -16,10 +16,12 @@ class LateJobs:
 
     Attributes:
         asked: the numbers of the copies that were asked for by those who help, in order.
+        least_timeout: who helps for less long, in seconds, gets nowhere either.
     """
 
     def __init__(self) -> None:
         self.asked: list[int] = []
+        self.least_timeout = 0.0
         self.changed = threading.Condition(threading.RLock())
         self.released = False
 
@@ -61,6 +63,8 @@ class LateJob:
     def wait(self, copies: list[int] | None = None, timeout: float | None = None, help: bool = True) -> bool:
         with self._jobs.changed:
             if not help and not self._jobs.changed.wait_for(self._may_go_on, timeout):
+                return False
+            if help and timeout is not None and timeout < self._jobs.least_timeout:
                 return False
             for number in range(len(self._arguments)) if copies is None else copies:
                 if self._cancelled:

@@ -221,6 +221,8 @@ class Capture:
 
     def _check(self, digests: bytes) -> None:
         self._note_tears(self._numbers)
+        if self._given_up:
+            raise SaveFailed(self._given_up)
         if self._torn is not None:
             raise self._torn
         starts = accumulate(self._lengths, initial=0)

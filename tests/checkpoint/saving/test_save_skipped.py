@@ -145,8 +145,9 @@ def test_a_wrong_step_is_refused_though_the_save_would_be_skipped():
 def test_saves_skipped_one_after_another_leave_no_keys_behind(busy):
     ranks, go_on = begin_busy(busy)
     counts = []
-    for step in range(2, 6):
+    for step in range(2, 32):
         outcomes(start(ranks, step))
         counts.append(ranks[0].members.barrier._store.num_keys())
-    assert len(set(counts[1:])) == 1
+    # Those of the last one or two are still there.
+    assert max(counts) - counts[0] < 15, counts
     go_on.set()
