@@ -82,16 +82,21 @@ GOALS_AT: dict[tuple[type[Way], str, str], float] = {
 
 def cases() -> Iterator[Case]:
     """Each peer beside ours, on each place, by 1 and 2 ranks."""
-    for place in PLACES:
-        for ranks in RANKS:
-            for kind, ours, peers in (
-                ("save", savers.OursAtOnce, AT_ONCE),
-                ("save_async", savers.Ours, ASYNC),
-            ):
-                for peer, name in peers:
-                    # tmpfs has no O_DIRECT to speak of: what is written is in memory either way.
-                    if savers.installed(peer) and (peer, place) != (DirectWrites, "tmpfs"):
-                        yield from _beside(kind, ours, peer, name, place, ranks)
+    for place, ranks in places_and_ranks():
+        for kind, ours, peers in (
+            ("save", savers.OursAtOnce, AT_ONCE),
+            ("save_async", savers.Ours, ASYNC),
+        ):
+            for peer, name in peers:
+                # tmpfs has no O_DIRECT to speak of: what is written is in memory either way.
+                if savers.installed(peer) and (peer, place) != (DirectWrites, "tmpfs"):
+                    yield from _beside(kind, ours, peer, name, place, ranks)
+
+
+def places_and_ranks() -> list[tuple[str, int]]:
+    """Each place with each number of ranks; where this is only tried, each of both once."""
+    every = [(place, ranks) for place in PLACES for ranks in RANKS]
+    return tried(every, every[1:3])
 
 
 def _beside(kind: str, ours: type[Way], peer: type[Way], name: str, place: str, ranks: int) -> Iterator[Case]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from benchmarks import savers
+from benchmarks.bench_save import PLACES, places_and_ranks
 from benchmarks.harness import Case, main, tried
 from benchmarks.saving_rank import Setting
 from benchmarks.turns import Turns
@@ -24,8 +25,6 @@ WIDTH, LAYERS = 768, 6
 WIDTH_TRIED, LAYERS_TRIED = 128, 2
 EVERY = 10
 EVERY_TRIED = 2
-RANKS = (1, 2)
-PLACES = {"disk": None, "tmpfs": "/dev/shm"}
 PEERS: tuple[tuple[type[Way], str], ...] = (
     (savers.DCPAsync, "dcp.async_save"),
     (savers.TorchCheckpointing, "torch_checkpointing"),
@@ -38,33 +37,32 @@ def cases() -> Iterator[Case]:
     """The slowdown beside the peers', and the time of a step beside that without saves."""
     workload = LanguageModel(tried(WIDTH, WIDTH_TRIED), tried(LAYERS, LAYERS_TRIED))
     every = tried(EVERY, EVERY_TRIED)
-    for place, folder in PLACES.items():
-        for ranks in RANKS:
-            name = f"training/{ranks} rank{'s' * (ranks > 1)}/{place}"
-            ours = Setting(savers.Ours, workload, ranks, folder)
-            for peer, peer_name in PEERS:
-                if not savers.installed(peer):
-                    continue
-                turns = Turns(ours, Setting(peer, workload, ranks, folder))
+    for place, ranks in places_and_ranks():
+        name = f"training/{ranks} rank{'s' * (ranks > 1)}/{place}"
+        ours = Setting(savers.Ours, workload, ranks, PLACES[place])
+        for peer, peer_name in PEERS:
+            if not savers.installed(peer):
+                continue
+            turns = Turns(ours, Setting(peer, workload, ranks, PLACES[place]))
+            yield Case(
+                metric=f"{name}/slowdown/{peer_name}",
+                ours=turns.figure("ours", "slowdown", "loop", every),
+                peer=turns.figure("peer", "slowdown", "loop", every),
+                peer_name=peer_name,
+                nbytes=0,
+                clock="told percent",
+            )
+            if peer is savers.DCPAsync:
+                # Of the same runs of ours.
                 yield Case(
-                    metric=f"{name}/slowdown/{peer_name}",
-                    ours=turns.figure("ours", "slowdown", "loop", every),
-                    peer=turns.figure("peer", "slowdown", "loop", every),
-                    peer_name=peer_name,
+                    metric=f"{name}/step/no saves",
+                    ours=turns.figure("ours", "step", "loop", every),
+                    peer=turns.figure("ours", "usual", "loop", every),
+                    peer_name="no saves",
                     nbytes=0,
-                    clock="told percent",
+                    goal=GOAL if ranks == 1 else None,
+                    clock="told time",
                 )
-                if peer is savers.DCPAsync:
-                    # Of the same runs of ours.
-                    yield Case(
-                        metric=f"{name}/step/no saves",
-                        ours=turns.figure("ours", "step", "loop", every),
-                        peer=turns.figure("ours", "usual", "loop", every),
-                        peer_name="no saves",
-                        nbytes=0,
-                        goal=GOAL if ranks == 1 else None,
-                        clock="told time",
-                    )
 
 
 if __name__ == "__main__":

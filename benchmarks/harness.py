@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from dtruntime_torch.gpucheck.comparison import compare, gigabytes_per_second, in_turns
 
@@ -34,6 +34,7 @@ UNITS: dict[Clock, str] = {
     "told percent": "%",
 }
 REPETITIONS = 21
+Size = TypeVar("Size")
 # Set in the environment, it says that the benchmarks are only tried: those that start processes take little data then.
 TRIED = "DTRUNTIME_BENCH_TRIED"
 
@@ -98,8 +99,8 @@ def measure(case: Case, repetitions: int) -> dict[str, object]:
     ).as_json()
 
 
-def tried(full: int, small: int) -> int:
-    """How large something is: small where the benchmarks are only tried, as by `make bench ARGS=--quick`."""
+def tried(full: Size, small: Size) -> Size:
+    """How large or how many something is: small where the benchmarks are only tried, as by `make bench ARGS=--quick`."""
     return small if TRIED in os.environ else full
 
 
