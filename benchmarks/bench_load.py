@@ -14,7 +14,6 @@ import atexit
 import multiprocessing
 import os
 import shutil
-import socket
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -32,6 +31,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import dtruntime_torch as dt
 from benchmarks.harness import Case, main
+from benchmarks.ranks import free_port
 
 NBYTES = 512 << 20
 TENSORS = 16
@@ -164,14 +164,6 @@ class Loads:
         if name not in self._managers:
             self._managers[name] = dt.CheckpointManager(self._path / name)
         return self._managers[name]
-
-
-def free_port() -> int:
-    """A port for the Store of the ranks, as torchrun finds one."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
 
 
 def serve(rank: int, port: int, path: Path, orders: Connection) -> None:

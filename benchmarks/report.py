@@ -20,7 +20,7 @@ INTRODUCTION = """\
 
 `make bench` wrote this page from `benchmarks/results/`; it is not edited by hand.
 
-Ours and a peer do the same work in turns, in one process. Figures are medians. A ratio is above 1 where ours is better:
+Ours and a peer do the same work in turns, in one run. Figures are medians. A ratio is above 1 where ours is better:
 it is the median of the ratios of neighbouring runs, and the quartiles are theirs. A shared machine is fast one second
 and slow the next, so look at ratios rather than figures, and at the quartiles before either. A goal that is missed
 stays on the page as missed. `python -m benchmarks.NAME` runs one alone, by the name above its table.
@@ -30,6 +30,8 @@ NO_GPU_RESULTS = """\
 Run `python -m dtruntime_torch.gpucheck` on a machine with a GPU; no results are committed yet, and nothing is claimed
 about speed there. It writes a file into `benchmarks/results/`, from which the next `make bench` fills this section.
 """
+
+NOT_MEASURED = "Not measured yet.\n"
 
 
 def render(host: Results, gpus: Sequence[Results] = ()) -> str:
@@ -93,7 +95,9 @@ def _machine(host: Results) -> str:
 
 
 def _benchmark(name: str, found: Results) -> str:
-    return f"## {name}\n\n{found['about']}\n\n" + _table(found["metrics"])
+    return f"## {name}\n\n{found['about']}\n\n" + (
+        _table(found["metrics"]) if found["metrics"] else NOT_MEASURED
+    )
 
 
 def _gpu(gpu: Results) -> str:

@@ -18,12 +18,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import REPETITIONS, modules
+from benchmarks.harness import REPETITIONS, TRIED, end_as_by_exception, modules
 from benchmarks.report import SCHEMA, render
 from dtruntime_torch.gpucheck.machine import describe_machine
 
 ROOT = Path(__file__).resolve().parents[1]
-PEERS = ("xxhash", "torch", "numpy", "safetensors")
+PEERS = ("xxhash", "torch", "numpy", "safetensors", "torch_checkpointing")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -31,7 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run", description=str(__doc__).splitlines()[0]
     )
-    parser.add_argument("--quick", action="store_true", help="one repetition each; the page says so")
+    parser.add_argument(
+        "--quick", action="store_true", help="one repetition each, some of little data; the page says so"
+    )
     parser.add_argument(
         "--only", action="append", metavar="NAME", help="this benchmark; the others' results stay"
     )
@@ -47,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="the checkout to write to; default: this one",
     )
     options = parser.parse_args(arguments)
+    end_as_by_exception()
     results = options.into / "benchmarks" / "results"
     if not options.render:
         results.mkdir(parents=True, exist_ok=True)
@@ -71,7 +74,7 @@ def collect(names: Sequence[str], quick: bool, repetitions: int = REPETITIONS) -
 
     Args:
         names: their modules.
-        quick: one repetition each.
+        quick: one repetition each, and little data where a benchmark starts processes.
         repetitions: of each, if not quick.
 
     Raises:
@@ -87,7 +90,7 @@ def collect(names: Sequence[str], quick: bool, repetitions: int = REPETITIONS) -
         "file_systems": {place: file_system(place) for place in ("/dev/shm", tempfile.gettempdir())},
         "peers": {name: found for name in PEERS if (found := _installed(name)) is not None},
         "benchmarks": {
-            name.rpartition(".")[2]: {"about": _about(name), "metrics": _run(name, repetitions)}
+            name.rpartition(".")[2]: {"about": _about(name), "metrics": _run(name, quick, repetitions)}
             for name in names
         },
     }
@@ -122,15 +125,21 @@ def file_system(place: str, mounts: str | None = None) -> str:
     return max(reversed(holding), key=lambda found: found[0])[1]
 
 
-def _run(name: str, repetitions: int) -> list[dict[str, Any]]:
+def _run(name: str, quick: bool, repetitions: int) -> list[dict[str, Any]]:
     print(f"==> {name}", flush=True)
     metrics = []
     command = [sys.executable, "-m", name, "--repetitions", str(repetitions)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    environment = {**os.environ, TRIED: "1"} if quick else None
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            metrics.append(json.loads(line))
-            print(line, end="", flush=True)
+        try:
+            for line in process.stdout:
+                metrics.append(json.loads(line))
+                print(line, end="", flush=True)
+        except BaseException:
+            # It ends its own processes, and deletes its files.
+            process.terminate()
+            raise
     if process.returncode:
         raise SystemExit(f"{name} ended with {process.returncode}; nothing was written")
     return metrics

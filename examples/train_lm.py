@@ -51,15 +51,15 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
 class LanguageModel(nn.Module):
     """Bytes (batch, length) -> logits of the byte that follows each (batch, length, 256)."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = WIDTH, heads: int = HEADS, layers: int = LAYERS) -> None:
         super().__init__()
         layer = nn.TransformerEncoderLayer(
-            WIDTH, HEADS, 4 * WIDTH, DROPOUT, activation="gelu", batch_first=True, norm_first=True
+            width, heads, 4 * width, DROPOUT, activation="gelu", batch_first=True, norm_first=True
         )
-        self.bytes = nn.Embedding(256, WIDTH)
-        self.positions = nn.Embedding(CONTEXT, WIDTH)
-        self.layers = nn.TransformerEncoder(layer, LAYERS, nn.LayerNorm(WIDTH), enable_nested_tensor=False)
-        self.head = nn.Linear(WIDTH, 256, bias=False)
+        self.bytes = nn.Embedding(256, width)
+        self.positions = nn.Embedding(CONTEXT, width)
+        self.layers = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.head = nn.Linear(width, 256, bias=False)
         nn.init.normal_(self.bytes.weight, std=0.05)
         nn.init.normal_(self.positions.weight, std=0.05)
         self.head.weight = self.bytes.weight

@@ -91,6 +91,28 @@ def test_cpu_seconds_are_reported_for_a_gib(monkeypatch):
     assert (found["ours"], found["peer"], found["unit"], found["ratio"]) == (0.5, 1.5, "CPU s/GiB", 3.0)
 
 
+@pytest.mark.parametrize(
+    ("kind", "figure", "unit"),
+    [
+        ("told time", 250.0, "ms"),
+        ("told percent", 25.0, "%"),
+        ("told wall", 4.0, "GB/s"),
+        ("told cpu", 0.2684, "CPU s/GiB"),
+    ],
+)
+def test_what_the_work_tells_is_the_figure(clock, kind, figure, unit):
+    told = Case("m", lambda: 0.25, lambda: 0.5, "p", nbytes=10**9, clock=kind)
+    found = measure(told, repetitions=1)
+    assert (found["ours"], found["unit"], found["ratio"]) == (figure, unit, 2.0)
+
+
+def test_little_data_is_taken_where_benchmarks_are_only_tried(monkeypatch):
+    monkeypatch.delenv(harness.TRIED, raising=False)
+    assert harness.tried(1000, 1) == 1000
+    monkeypatch.setenv(harness.TRIED, "1")
+    assert harness.tried(1000, 1) == 1
+
+
 def test_a_program_prints_a_line_for_each_case_that_was_asked_for(clock, capsys):
     def cases():
         for name in ("a/1", "b/1", "a/2"):
@@ -140,6 +162,7 @@ SMALL = {
 @pytest.mark.parametrize("name", modules())
 def test_the_smallest_case_of_each_benchmark_runs(monkeypatch, name):
     module = importlib.import_module(name)
+    monkeypatch.setenv(harness.TRIED, "1")
     for constant, value in SMALL.get(name, {}).items():
         monkeypatch.setattr(module, constant, value)
     smallest = min(module.cases(), key=lambda case: case.nbytes)

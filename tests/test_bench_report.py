@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import run
-from benchmarks.harness import modules
+from benchmarks.harness import TRIED, modules
 from benchmarks.report import NO_GPU_RESULTS, render
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,6 +103,14 @@ def test_a_metric_without_goal_is_neither_reached_nor_missed():
     assert row_of(page, "free")[-2:] == ["", ""] and "missed:" not in page and "reached" not in page
 
 
+def test_a_benchmark_that_was_not_run_has_no_table():
+    assert (
+        render(host())
+        .partition("## GPU")[0]
+        .endswith("## bench_some\n\nSome against others.\n\nNot measured yet.\n\n")
+    )
+
+
 def test_a_quick_run_says_so():
     assert "its figures say nothing" in render(host(quick=True))
     assert "its figures say nothing" not in render(host())
@@ -154,6 +162,7 @@ def two_benchmarks(monkeypatch):
     real = subprocess.Popen
 
     def popen(command, **options):
+        assert options["env"][TRIED]
         assert command[:2] == [sys.executable, "-m"] and command[3:] == ["--repetitions", "1"]
         return real([sys.executable, "-c", programs[command[2]]], **options)
 
