@@ -315,6 +315,7 @@ class CopyJob:
         chunk_bytes: int,
         threads: int = 0,
         known: Buffer | None = None,
+        hold: bool = False,
     ) -> None:
         """Starts it. Arguments as those of `copy_digest`, but that `threads` work in the background, beside who
         waits. 0: as many as there are CPUs to run on, at most 16. Where the system has no thread to give, only
@@ -329,6 +330,8 @@ class CopyJob:
             threads: see above.
             known: the digests of what the targets hold now, as `digests` gives them; copied. They are trusted: a
                 chunk whose source has its known digest is not written. None: all is copied.
+            hold: the threads begin at `release`, so that they take no CPU from the caller until then. Who waits helps
+                as ever.
 
         Raises:
             ValueError: as `copy_digest`, or `known` is not 16 bytes a chunk. Nothing was copied.
@@ -354,6 +357,9 @@ class CopyJob:
                 another thread may still be doing: call `cancel` before the sources go.
             KeyboardInterrupt: or whatever a signal's handler raises. The job goes on.
         """
+
+    def release(self) -> None:
+        """Lets the threads begin, if they were held."""
 
     def cancel(self) -> None:
         """Starts no further chunk, and returns when no thread touches the memory. What is done stays done."""

@@ -43,12 +43,12 @@ std::optional<std::vector<uint8_t>> bytes_of(const std::optional<py::object>& ob
 class CopyJobObject {
  public:
   CopyJobObject(py::handle arena, std::vector<Copy> copies, size_t chunk_bytes, unsigned threads,
-                std::optional<std::vector<uint8_t>> known) {
+                std::optional<std::vector<uint8_t>> known, bool hold) {
     buffer_.emplace(arena, Buffer::Access::kWrite);
     raise_if_failed(check_copies(buffer_->bytes(), copies, chunk_bytes));
     if (known) check_known(*known, copies, chunk_bytes);
     job_ = std::make_shared<CopyJob>(buffer_->bytes(), std::move(copies), chunk_bytes, threads,
-                                     std::move(known).value_or(std::vector<uint8_t>{}));
+                                     std::move(known).value_or(std::vector<uint8_t>{}), hold);
     running().insert(job_);
   }
   ~CopyJobObject() {
@@ -82,12 +82,12 @@ void cancel_all() {
 std::unique_ptr<CopyJobObject> start(py::object arena, const std::vector<uintptr_t>& sources,
                                      const std::vector<int64_t>& lengths, const std::vector<int64_t>& offsets,
                                      int64_t chunk_bytes, int64_t threads,
-                                     const std::optional<py::object>& known) {
+                                     const std::optional<py::object>& known, bool hold) {
   if (!py::isinstance<ArenaObject>(arena)) throw py::type_error("the target must be an Arena");
   (void)find_variant(std::nullopt);  // refused here, and not by a thread that can tell nobody
   return std::make_unique<CopyJobObject>(arena, make_copies(sources, lengths, offsets),
                                          check_size(chunk_bytes, "chunk_bytes"), check_threads(threads),
-                                         bytes_of(known));
+                                         bytes_of(known), hold);
 }
 
 [[noreturn]] void raise_dead(Outcome outcome) {
@@ -137,7 +137,9 @@ py::bytes digests(CopyJobObject& self) {
 void bind_copy_job(py::module_& module) {
   py::class_<CopyJobObject>(module, "CopyJob")
       .def(py::init(&start), py::arg("arena"), py::arg("sources"), py::arg("lengths"), py::arg("offsets"),
-           py::arg("chunk_bytes"), py::arg("threads") = 0, py::arg("known") = py::none())
+           py::arg("chunk_bytes"), py::arg("threads") = 0, py::arg("known") = py::none(),
+           py::arg("hold") = false)
+      .def("release", [](CopyJobObject& self) { without_gil([&] { self.job().release(); }); })
       .def("wait", &wait, py::arg("copies") = py::none(), py::arg("timeout") = py::none(),
            py::arg("help") = true)
       .def("cancel", &CopyJobObject::cancel)

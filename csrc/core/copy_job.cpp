@@ -19,7 +19,7 @@ CopyJob::Helping::~Helping() {
 }
 
 CopyJob::CopyJob(std::span<uint8_t> arena, std::vector<Copy> copies, size_t chunk_bytes, unsigned threads,
-                 std::vector<uint8_t> known)
+                 std::vector<uint8_t> known, bool hold)
     : arena_(arena),
       copies_(std::move(copies)),
       targets_(targets_of(copies_)),
@@ -34,7 +34,20 @@ CopyJob::CopyJob(std::span<uint8_t> arena, std::vector<Copy> copies, size_t chun
   const size_t useful = std::min<size_t>({threads, kMostThreads, chunks_.size()});
   helping_ = static_cast<unsigned>(std::min(useful, chunks_.nbytes() / kBytesPerThread + 1));
   shared_.reset(new Shared{{[this] { do_all(); }, static_cast<unsigned>(useful)}});
-  if (useful > 0) ThreadPool::of(Priority::kLow).offer(shared_->work);
+  if (!hold) release();
+}
+
+void CopyJob::release() {
+  if (forked()) return;
+  std::lock_guard lock(shared_->mutex);
+  if (shared_->offered || cancelled_ || shared_->work.wanted == 0) return;
+  ThreadPool::of(Priority::kLow).offer(shared_->work);
+  shared_->offered = true;
+}
+
+bool CopyJob::has_threads() {
+  std::lock_guard lock(shared_->mutex);
+  return shared_->offered && ThreadPool::of(Priority::kLow).workers() > 0;
 }
 
 CopyJob::~CopyJob() {
@@ -53,7 +66,7 @@ CopyJob::Outcome CopyJob::wait(std::span<const size_t> numbers, Clock::time_poin
   };
   if (all_done()) return Outcome::kDone;
   if (forked()) return Outcome::kForked;
-  if (help || ThreadPool::of(Priority::kLow).workers() == 0) {
+  if (help || !has_threads()) {
     const Helping helping(*shared_);
     // One thread a task, so that each goes through all of them.
     parallel_for(helping_, helping_, [&](size_t) {
@@ -74,8 +87,14 @@ bool CopyJob::done() const {
 }
 
 void CopyJob::cancel() {
-  cancelled_ = true;
-  if (forked()) return;
+  if (forked()) {
+    cancelled_ = true;
+    return;
+  }
+  {
+    std::lock_guard lock(shared_->mutex);
+    cancelled_ = true;  // from here on release() does nothing
+  }
   ThreadPool::of(Priority::kLow).withdraw(shared_->work);
   std::unique_lock lock(shared_->mutex);
   shared_->changed.notify_all();

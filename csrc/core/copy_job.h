@@ -37,9 +37,10 @@ class CopyJob {
   // at most kMostThreads); where none can be started, only wait() makes progress. `known` holds the digests
   // of what the targets hold now, 16 bytes a chunk in the order of a ChunkList: a chunk whose source has its
   // digest is not written. Empty: nothing is known, and all is copied.
+  // `hold`: the threads begin at release(), so that they take no CPU from what the caller does until then.
   // REQUIRES: check_copies holds; no source overlaps a target; known is true.
   CopyJob(std::span<uint8_t> arena, std::vector<Copy> copies, size_t chunk_bytes, unsigned threads,
-          std::vector<uint8_t> known = {});
+          std::vector<uint8_t> known = {}, bool hold = false);
   ~CopyJob();
   CopyJob(const CopyJob&) = delete;
   CopyJob& operator=(const CopyJob&) = delete;
@@ -48,6 +49,9 @@ class CopyJob {
   // the past only asks. Without `help` it sleeps until the background has done them, unless that has no
   // thread at all: somebody has to do them. REQUIRES: each number < size().
   Outcome wait(std::span<const size_t> numbers, Clock::time_point deadline, bool help = true);
+
+  // Lets the threads begin, if they were held.
+  void release();
 
   // Starts no further chunk and returns when no thread is in one. What is done stays done.
   void cancel();
@@ -79,6 +83,7 @@ class CopyJob {
     std::mutex mutex{};
     std::condition_variable changed{};  // a copy is done, the last helper has left, or it is cancelled
     unsigned helpers = 0;               // callers of wait() that may be in a chunk
+    bool offered = false;               // the threads may have begun
   };
 
   // A caller of wait() as long as it may be in a chunk, however it comes out.
@@ -94,6 +99,7 @@ class CopyJob {
   };
 
   bool forked() const { return forks_ != forks(); }
+  bool has_threads();
   bool finished(size_t copy) const { return progress_[copy].left.load(std::memory_order_acquire) == 0; }
   size_t chunks_of(size_t copy) const { return chunks_.first_of(copy + 1) - chunks_.first_of(copy); }
   void do_all();

@@ -25,7 +25,7 @@ class LateJobs:
         self.changed = threading.Condition(threading.RLock())
         self.released = False
 
-    def __call__(self, *arguments: object) -> LateJob:
+    def __call__(self, *arguments: object, hold: bool = False) -> LateJob:
         return LateJob(self, *arguments)
 
     def release(self) -> None:
@@ -79,6 +79,9 @@ class LateJob:
 
     def _may_go_on(self) -> bool:
         return self._jobs.released or self._cancelled or self.done
+
+    def release(self) -> None:
+        """That is for `LateJobs.release` to say."""
 
     @property
     def done(self) -> bool:

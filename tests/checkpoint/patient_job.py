@@ -13,7 +13,7 @@ class PatientJob:
     done = False
     nbytes_done = nbytes_copied = chunks_skipped = 0
 
-    def __init__(self, *arguments: object) -> None:
+    def __init__(self, *arguments: object, hold: bool = False) -> None:
         self._arguments = arguments
         self._job: _C.CopyJob | None = None
 
@@ -22,6 +22,9 @@ class PatientJob:
             return False
         self._job = _CopyJob(*self._arguments)
         return self._job.wait(copies, help=help)
+
+    def release(self) -> None:
+        """It gets nowhere all the same."""
 
     def digests(self) -> bytes:
         assert self._job is not None

@@ -268,6 +268,32 @@ TEST_CASE("copy job: the digest is of the bytes that were stored, also if the so
 }
 #endif
 
+TEST_CASE("copy job: one that is held gets nowhere until it is released, but for who waits") {
+  Case c(60);
+  CopyJob job(c.arena, c.copies, kChunkBytes, 2, {}, true);
+  REQUIRE(job.wait({&c.numbers[7], 1}, kForever) == Outcome::kDone);
+  CHECK(job.nbytes_done() == c.sources[7].size());
+  job.release();
+  job.release();
+  REQUIRE(job.wait(c.numbers, kForever, false) == Outcome::kDone);
+  CHECK(has_digests(job, c));
+}
+
+TEST_CASE("copy job: who waits for one that is held does not wait for its threads") {
+  Case c(60);
+  CopyJob job(c.arena, c.copies, kChunkBytes, 2, {}, true);
+  REQUIRE(job.wait(c.numbers, kForever, false) == Outcome::kDone);
+  CHECK(has_digests(job, c));
+}
+
+TEST_CASE("copy job: one that was cancelled is not released") {
+  Case c(60);
+  CopyJob job(c.arena, c.copies, kChunkBytes, 2, {}, true);
+  job.cancel();
+  job.release();
+  CHECK(job.nbytes_done() == 0);
+}
+
 TEST_CASE("copy job: without work it is done at once") {
   Case c(1);  // one of no bytes
   CopyJob empty({}, {}, kChunkBytes, 2), of_nothing(c.arena, c.copies, kChunkBytes, 2);

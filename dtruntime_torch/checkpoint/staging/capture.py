@@ -138,12 +138,15 @@ class Capture:
     def take_early(self, timeout: float | None) -> None:
         """Returns when what is not late may be changed, by this thread and what its current streams are given next.
 
+        Only then are threads let at the rest: until the caller goes on they would only take the CPU from it.
+
         Raises:
             BarrierTimeout: that is not so yet.
             SaveFailed: a device failed.
         """
         late = set(self._numbers)
         self._staging.before_overwrite([n for n in range(len(self._names)) if n not in late], timeout)
+        self._staging.release()
 
     def before_step(self, storages: Collection[int] | None) -> None:
         """As `door.Reader` says. If it takes too long or fails, the save is given up, and training goes on."""

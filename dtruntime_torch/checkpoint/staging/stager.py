@@ -109,7 +109,8 @@ class Stager:
                 the arena, all is copied.
             names: of the pairs, for messages; if none are given, they are numbered.
             late: positions of the pairs that are overwritten later than the others. On a device these come last, and
-                `before_overwrite` of the others does not wait for them.
+                `before_overwrite` of the others does not wait for them. What is in host memory is read in the background
+                only from `release` on.
 
         Raises:
             InvalidArgument: the staging before this one has not ended, or a pair cannot be copied; it is named; or
@@ -133,6 +134,7 @@ class Stager:
             self.chunk_bytes,
             threads,
             None if known is None else sources.of_some(sources.native, known, self.chunk_bytes),
+            hold=bool(coming_late),
         )
         try:
             self._running = Staging(self.arena, sources, job, self.chunk_bytes, threads)
@@ -212,6 +214,10 @@ class Staging:
         if not copied:
             which = "the sources" if asked is None else self._sources.name(asked)
             raise BarrierTimeout(f"{which} may not be overwritten yet: {self._progress(timeout)}")
+
+    def release(self) -> None:
+        """Lets the background begin, if there is something that comes late."""
+        self._job.release()
 
     def wait(self, timeout: float | None = None, help: bool = True) -> bytes:
         """Waits, and helps, until every byte is in the arena; then digests what arrived.

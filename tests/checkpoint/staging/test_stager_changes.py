@@ -163,7 +163,7 @@ def dropped(bench: Bench) -> None:
 
 
 def interrupted_as_it_is_made(bench: Bench) -> None:
-    def interrupted(*arguments: object) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
@@ -173,7 +173,7 @@ def interrupted_as_it_is_made(bench: Bench) -> None:
 
 
 def interrupted_as_its_job_is_made(bench: Bench) -> None:
-    def interrupted(*arguments: object) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
@@ -183,7 +183,7 @@ def interrupted_as_its_job_is_made(bench: Bench) -> None:
 
 
 def interrupted_as_it_waits(bench: Bench) -> None:
-    def interrupted(*arguments: object) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     staging = bench.start()
