@@ -25,6 +25,9 @@ _COMPILED = "a checkpoint may still be read: compile optimizer.step, or save wit
 
 _PLAIN = (torch.nn.Parameter, torch.Tensor)
 
+SMALL_BYTES = 16 << 10
+"""Below this it takes less time to copy a tensor than to keep account of it."""
+
 
 class Reader(Protocol):
     """Who still reads memory of optimizers."""
@@ -38,12 +41,12 @@ class Reader(Protocol):
 
 
 class OwnedMemory:
-    """Memory that the steps of some optimizers change, and nothing else that is known of.
+    """Memory that the steps of some optimizers change, and nothing else that is known of; without what is small.
 
     Example:
-        >>> weight = torch.nn.Parameter(torch.zeros(6))
+        >>> weight = torch.nn.Parameter(torch.zeros(8, 4096))
         >>> owned = OwnedMemory([torch.optim.SGD([weight])])
-        >>> weight.detach() in owned, weight.detach()[2:4] in owned, torch.zeros(6) in owned
+        >>> weight.detach() in owned, weight.detach()[2:4] in owned, torch.zeros(8, 4096) in owned
         (True, True, False)
     """
 
@@ -57,10 +60,11 @@ class OwnedMemory:
 
     def add(self, tensor: torch.Tensor) -> None:
         """Adds the memory of a tensor, if it is on this rank, in one piece."""
-        for part in parts_of(tensor):
-            start = part.data_ptr()
-            stops = self._stops.setdefault(storage_of(part), {})
-            stops[start] = max(stops.get(start, 0), start + part.nbytes)
+        for part in _parts_of(tensor):
+            if part.nbytes >= SMALL_BYTES and part.is_contiguous():
+                start = part.data_ptr()
+                stops = self._stops.setdefault(storage_of(part), {})
+                stops[start] = max(stops.get(start, 0), start + part.nbytes)
 
     def __contains__(self, tensor: torch.Tensor) -> bool:
         """Whether all bytes of a plain contiguous tensor belong to one tensor of an optimizer."""
@@ -72,11 +76,6 @@ class OwnedMemory:
         return stops.get(start, 0) >= stop or any(
             first <= start and stop <= last for first, last in stops.items()
         )
-
-    @property
-    def storages(self) -> Collection[int]:
-        """Addresses of the storages that it lies in."""
-        return self._stops.keys()
 
 
 class Door:
@@ -133,7 +132,7 @@ class Door:
             self.bypassed = True
         if readers:
             # What a single optimizer does not own nobody waits for here, so there is nothing to be looked up.
-            storages = None if alone else OwnedMemory([optimizer]).storages
+            storages = None if alone else _storages_of(optimizer)
             for reader in readers:
                 reader.before_step(storages)
 
@@ -163,19 +162,19 @@ def _tensors_of(optimizer: Any) -> Iterator[torch.Tensor]:
                 yield from (value for value in entry.values() if isinstance(value, torch.Tensor))
 
 
-def parts_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The plain tensors in a tensor that have memory on this rank in one piece."""
-    for part in _plain_parts(tensor):
-        if part.layout is torch.strided and not part.is_meta and part.is_contiguous() and part.nbytes:
-            yield part
+def _storages_of(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {storage_of(part) for tensor in _tensors_of(optimizer) for part in _parts_of(tensor)}
 
 
-def _plain_parts(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
+def _parts_of(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
+    """The plain tensors in a tensor that have memory on this rank."""
     if type(tensor) in _PLAIN:
-        return (tensor,)
-    if isinstance(tensor, UninitializedTensorMixin):
+        parts: Iterable[torch.Tensor] = (tensor,)
+    elif isinstance(tensor, UninitializedTensorMixin):
         return ()
-    return [part for _, part in innermost(local_part(tensor), "")]
+    else:
+        parts = [part for _, part in innermost(local_part(tensor), "")]
+    return [part for part in parts if part.layout is torch.strided and not part.is_meta]
 
 
 def _is_capturing() -> bool:

@@ -15,16 +15,13 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from dtruntime_torch.checkpoint.door import DOOR, OwnedMemory, storage_of
+from dtruntime_torch.checkpoint.door import DOOR, SMALL_BYTES, OwnedMemory, storage_of
 from dtruntime_torch.checkpoint.saving.handle import SaveMetrics
 from dtruntime_torch.checkpoint.specs import digest_length
 from dtruntime_torch.checkpoint.staging.device import in_one_piece
 from dtruntime_torch.checkpoint.staging.stager import Staging
 from dtruntime_torch.checkpoint.staging.watch import Watch
 from dtruntime_torch.errors import BarrierTimeout, DTRuntimeError, SaveFailed, TornSnapshot
-
-SMALL_BYTES = 16 << 10
-"""Below this it takes less time to copy a tensor than to keep account of it."""
 
 logger = logging.getLogger(__name__)
 
