@@ -89,6 +89,10 @@ def test_the_example_of_the_readme_trains_saves_and_resumes(tmp_path):
 Names = dict[str, Any]  # what an example is given and what it assigns
 
 
+def tells_how_a_save_went(names: Names) -> None:
+    assert names["handle"].staged() and names["handle"].result().step == 900
+
+
 def saves_only_what_changed(names: Names) -> None:
     saved = [names["manager"].save(names["state"], step) for step in (900, 901)]
     assert [info.full for info in saved] == [True, False]
@@ -106,7 +110,7 @@ def keeps_the_last_and_the_pinned(names: Names) -> None:
 
 
 # What each example of the guide leaves, in their order.
-LEAVES = (saves_only_what_changed, loads_the_newest, keeps_the_last_and_the_pinned)
+LEAVES = (tells_how_a_save_went, saves_only_what_changed, loads_the_newest, keeps_the_last_and_the_pinned)
 
 
 def test_what_each_example_of_the_guide_leaves_is_known():
