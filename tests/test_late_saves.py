@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
+import weakref
 from collections.abc import Callable, Iterable
 
 import pytest
@@ -419,3 +421,15 @@ def test_the_wait_of_a_step_is_part_of_what_the_save_cost(manager, jobs):
     handle.result(60)
     assert handle.metrics.staging_seconds > 0
     assert handle.metrics.staged_bytes == sum(tensor.nbytes for tensor in model.state_dict().values())
+
+
+def test_a_closed_manager_keeps_nothing_of_what_it_staged(tmp_path):
+    model = make_model()
+    step(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with dt.CheckpointManager(tmp_path) as manager:
+        handle, _ = save(manager, model)
+        handle.result(60)
+        arena = weakref.ref(manager._saver._stager.arena)
+        assert arena() is not None
+    gc.collect()
+    assert arena() is None and handle.staged()

@@ -192,7 +192,7 @@ class Saver:
         with self.alone():
             self.wait()
             self._executor.shutdown()
-            self._stager = Stager(_C.Arena(0), self._policies.chunk_bytes)
+            self._stager, self._capture = Stager(_C.Arena(0), self._policies.chunk_bytes), None
             handle, self._handle = self._handle, None
             failure = handle.unseen_failure() if handle is not None else None
             if failure is not None:

@@ -200,18 +200,21 @@ class Publisher:
         """Makes this rank's part durable."""
         began = time.perf_counter()
         try:
-            part, arrival = self._write_part(snapshot, attempt, delta)
+            digests = snapshot.capture.wait(self._members.barrier.timeout)
+            began = time.perf_counter()
+            part, arrival = self._write_part(snapshot, digests, attempt, delta)
         except Exception as error:
             return Try(attempt, delta, Arrival.failed(error, passing=may_pass(error)), failure=error)
         finally:
             snapshot.metrics.writing_seconds += time.perf_counter() - began
         return Try(attempt, delta, arrival, part)
 
-    def _write_part(self, snapshot: Snapshot, attempt: Attempt, as_delta: bool) -> tuple[Part, Arrival]:
+    def _write_part(
+        self, snapshot: Snapshot, digests: bytes, attempt: Attempt, as_delta: bool
+    ) -> tuple[Part, Arrival]:
         if attempt.step != snapshot.step:
             raise InvalidArgument(f"it saves step {snapshot.step} while rank 0 saves step {attempt.step}")
         base, metrics = snapshot.base, snapshot.metrics
-        digests = snapshot.capture.wait(self._members.barrier.timeout)
         changes = None if base is None else _compare(snapshot, digests, base)
         delta = changes if as_delta else None
         if snapshot.delta and delta is None:
