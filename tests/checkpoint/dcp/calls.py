@@ -67,7 +67,7 @@ def raw(tensor: torch.Tensor) -> bytes:
 
 
 @contextmanager
-def refused(kind: type[DTRuntimeError], match: str = "") -> Iterator[list[DTRuntimeError]]:
+def refused(kind: type[DTRuntimeError], match: str | None = None) -> Iterator[list[DTRuntimeError]]:
     """What DCP wraps must be of this kind; the list holds it afterwards."""
     found: list[DTRuntimeError] = []
     with pytest.raises(CheckpointException, match=match) as caught:
@@ -75,6 +75,15 @@ def refused(kind: type[DTRuntimeError], match: str = "") -> Iterator[list[DTRunt
     ((error, _),) = caught.value.failures.values()
     assert isinstance(error, kind), error
     found.append(error)
+
+
+@contextmanager
+def refused_to_read(match: str) -> Iterator[None]:
+    """DCP keeps what was wrong with the metadata only in words."""
+    with pytest.raises(CheckpointException, match=match) as caught:
+        yield
+    ((error, _),) = caught.value.failures.values()
+    assert isinstance(error, AssertionError) and "metadata read failed" in str(error)
 
 
 @contextmanager
