@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dtruntime_torch.build import build_info
     from dtruntime_torch.checkpoint.cleaning.prune_plan import PruneReport
     from dtruntime_torch.checkpoint.cleaning.retention import KeepBest
+    from dtruntime_torch.checkpoint.dcp.pinned_stager import PinnedStager
     from dtruntime_torch.checkpoint.dcp.storage_reader import StorageReader
     from dtruntime_torch.checkpoint.dcp.storage_writer import StorageWriter
     from dtruntime_torch.checkpoint.flatten import PerRank, register_codec
@@ -45,6 +46,7 @@ _HOMES = {
     "LocalBackend": "dtruntime_torch.storage",
     "MemoryBackend": "dtruntime_torch.storage",
     "PerRank": "dtruntime_torch.checkpoint.flatten",
+    "PinnedStager": "dtruntime_torch.checkpoint.dcp.pinned_stager",
     "PruneReport": "dtruntime_torch.checkpoint.cleaning.prune_plan",
     "RetryPolicy": "dtruntime_torch.retry",
     "SaveHandle": "dtruntime_torch.checkpoint.saving.handle",
@@ -69,6 +71,7 @@ __all__ = [
     "LocalBackend",
     "MemoryBackend",
     "PerRank",
+    "PinnedStager",
     "PruneReport",
     "RetryPolicy",
     "SaveHandle",
