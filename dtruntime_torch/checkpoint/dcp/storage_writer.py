@@ -20,6 +20,7 @@ from dtruntime_torch.checkpoint.dcp.rank_files import write_file
 from dtruntime_torch.checkpoint.dcp.state_paths import KEY, planner_data_to_json
 from dtruntime_torch.checkpoint.dcp.write_items import ShardFile, files_needed, resolve
 from dtruntime_torch.checkpoint.manifest import PartRef
+from dtruntime_torch.counts import check_count
 from dtruntime_torch.errors import InvalidArgument, SaveFailed
 from dtruntime_torch.storage import backend_for, run_sync
 
@@ -79,8 +80,7 @@ class StorageWriter(TorchStorageWriter):
         self, target: Target | None = None, *, overwrite: bool = False, chunk_bytes: int = 1 << 20
     ) -> None:
         super().__init__()
-        if type(chunk_bytes) is not int or chunk_bytes < 1:
-            raise InvalidArgument(f"chunk_bytes={chunk_bytes!r} must be an integer of at least 1")
+        check_count("chunk_bytes", chunk_bytes, 1, 1 << 30)
         if target is not None:
             backend_for(target)
         self._target = target
