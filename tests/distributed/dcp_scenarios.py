@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, async_save
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -91,7 +92,7 @@ def members(count: int) -> bool:
 def save_by(count: int, folder: Path, steps: int = 3) -> State:
     """The first ranks train, sharded among them, and save; returns all that there was, on these."""
     state = state_of(*trained(1, MESHES[(count,)] if count > 1 else None, steps))
-    dcp.save(state, storage_writer=dt.StorageWriter(folder), process_group=GROUPS[count])
+    dcp_save(state, storage_writer=dt.StorageWriter(folder), process_group=GROUPS[count])
     return full(state)  # type: ignore[no-any-return]
 
 
@@ -99,7 +100,7 @@ def load_by(count: int, folder: Path) -> State:
     """The first ranks load into another model, sharded among them."""
     model, optimizer = trained(2, MESHES[(count,)] if count > 1 else None, 1)
     state = state_of(model, optimizer) | {"step": 0, "extra": None}
-    dcp.load(state, storage_reader=dt.StorageReader(folder), process_group=GROUPS[count])
+    dcp_load(state, storage_reader=dt.StorageReader(folder), process_group=GROUPS[count])
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return full(state_of(model, optimizer) | {"step": state["step"], "extra": state["extra"]})  # type: ignore[no-any-return]
 
@@ -112,7 +113,7 @@ def fsdp_and_adamw_resharded(folder: Path) -> None:
     dist.barrier()
     if members(1):
         whole = load_by(1, folder)
-        dcp.save(whole, storage_writer=dt.StorageWriter(folder / "again"), process_group=GROUPS[1])
+        dcp_save(whole, storage_writer=dt.StorageWriter(folder / "again"), process_group=GROUPS[1])
     dist.barrier()
     found = load_by(4, folder / "again")
     expected: list[Any] = [whole if RANK == 0 else None]
@@ -126,7 +127,7 @@ def stock_reads_the_shards(folder: Path) -> None:
     model, optimizer = trained(2, MESHES[2, 2], 1)  # another way to cut
     of_model, of_optimizer = get_state_dict(model, optimizer)
     tensors = {"model": of_model, "optimizer": {"state": of_optimizer["state"]}}
-    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
+    dcp_load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
     found = flat(full(tensors))
     for name, tensor in found.items():
         assert torch.equal(tensor, flat(saved)[name]), name
@@ -135,7 +136,7 @@ def stock_reads_the_shards(folder: Path) -> None:
 def hybrid_shards_are_written_once(folder: Path) -> None:
     model, optimizer = trained(1, MESHES[2, 2], 2)
     state = state_of(model, optimizer)
-    dcp.save(state, storage_writer=dt.StorageWriter(folder))
+    dcp_save(state, storage_writer=dt.StorageWriter(folder))
     if RANK == 0:
         metadata = dt.StorageReader(folder).read_metadata()
         chunks = metadata.state_dict_metadata["model.0.weight"].chunks  # type: ignore[union-attr]
@@ -152,18 +153,18 @@ def other_placements(folder: Path) -> None:
     ways = [[Shard(0)], [Shard(1)], [Replicate()]]
     for n, saved in enumerate(ways):
         tensor = distribute_tensor(whole, MESHES[4,], saved)
-        dcp.save({"w": tensor}, storage_writer=dt.StorageWriter(folder / str(n), chunk_bytes=16))
+        dcp_save({"w": tensor}, storage_writer=dt.StorageWriter(folder / str(n), chunk_bytes=16))
         for wanted in ways:
             target = distribute_tensor(torch.zeros_like(whole), MESHES[4,], wanted)
-            dcp.load({"w": target}, storage_reader=dt.StorageReader(folder / str(n)))
+            dcp_load({"w": target}, storage_reader=dt.StorageReader(folder / str(n)))
             assert torch.equal(target.full_tensor(), whole)
 
 
 def ranks_hold_different_names(folder: Path) -> None:
     state = {f"stage{RANK}": torch.full((3,), float(RANK)), f"object{RANK}": RANK}
-    dcp.save(state, storage_writer=dt.StorageWriter(folder))
-    target = {f"stage{RANK}": torch.zeros(3), f"object{RANK}": None}
-    dcp.load(target, storage_reader=dt.StorageReader(folder))
+    dcp_save(state, storage_writer=dt.StorageWriter(folder))
+    target: State = {f"stage{RANK}": torch.zeros(3), f"object{RANK}": None}
+    dcp_load(target, storage_reader=dt.StorageReader(folder))
     assert target[f"object{RANK}"] == RANK and (target[f"stage{RANK}"] == RANK).all()
 
 
@@ -186,7 +187,7 @@ class Rows(DefaultSavePlanner):
                 replace(
                     item,
                     index=MetadataIndex(item.index.fqn, offsets),
-                    type=dcp.planner.WriteItemType.SHARD,
+                    type=WriteItemType.SHARD,
                     tensor_data=replace(data, chunk=chunk),
                 )
             )
@@ -205,10 +206,10 @@ class Rows(DefaultSavePlanner):
 def several_shards_of_a_name_on_one_rank(folder: Path) -> None:
     whole = torch.arange(12 * 2.0).reshape(12, 2)
     state: State = {"w": distribute_tensor(whole, MESHES[4,], [Shard(0)]), "x": 5}
-    dcp.save(state, storage_writer=dt.StorageWriter(folder), planner=Rows())
+    dcp_save(state, storage_writer=dt.StorageWriter(folder), planner=Rows())
     for reader in (dt.StorageReader(folder), HuggingFaceStorageReader(str(folder))):
-        target = {"w": distribute_tensor(torch.zeros(12, 2), MESHES[4,], [Shard(1)])}
-        dcp.load(target, storage_reader=reader)
+        target: State = {"w": distribute_tensor(torch.zeros(12, 2), MESHES[4,], [Shard(1)])}
+        dcp_load(target, storage_reader=reader)
         assert torch.equal(target["w"].full_tensor(), whole)
 
 
@@ -226,39 +227,42 @@ def plans_are_kept(folder: Path) -> None:
             extra["one"] = torch.ones(2)
         if n == 4:
             extra[f"own{RANK}"] = torch.full((2,), float(RANK))
-        state = {"w": distribute_tensor(whole + n, MESHES[4,], [Shard(0)]), "n": n, **extra}
+        state: State = {"w": distribute_tensor(whole + n, MESHES[4,], [Shard(0)]), "n": n, **extra}
         planner = DefaultSavePlanner(enable_plan_caching=True)
-        dcp.save(state, storage_writer=dt.StorageWriter(folder / str(n)), planner=planner)
+        dcp_save(state, storage_writer=dt.StorageWriter(folder / str(n)), planner=planner)
         blank = {name: torch.zeros(2) for name in extra}
-        target = {"w": distribute_tensor(torch.zeros(8), MESHES[4,], [Shard(0)]), "n": None, **blank}
-        dcp.load(target, storage_reader=dt.StorageReader(folder / str(n)))
+        target: State = {"w": distribute_tensor(torch.zeros(8), MESHES[4,], [Shard(0)]), "n": None, **blank}
+        dcp_load(target, storage_reader=dt.StorageReader(folder / str(n)))
         assert torch.equal(target["w"].full_tensor(), whole + n) and target["n"] == n
         assert all(torch.equal(target[name], extra[name]) for name in extra)
 
 
 def each_rank_saves_alone(folder: Path) -> None:
     for overwrite in (False, True):
-        state = {"w": distribute_tensor(torch.arange(8) + overwrite, MESHES[4,], [Shard(0)]), "rank": RANK}
+        state: State = {
+            "w": distribute_tensor(torch.arange(8) + overwrite, MESHES[4,], [Shard(0)]),
+            "rank": RANK,
+        }
         writer = dt.StorageWriter(folder, overwrite=overwrite)
-        dcp.save(state, storage_writer=writer, use_collectives=False)
-        target = {
+        dcp_save(state, storage_writer=writer, use_collectives=False)
+        target: State = {
             "w": distribute_tensor(torch.zeros(8, dtype=torch.int64), MESHES[4,], [Shard(0)]),
             "rank": None,
         }
-        dcp.load(target, storage_reader=dt.StorageReader(folder))
+        dcp_load(target, storage_reader=dt.StorageReader(folder))
         assert target["rank"] == RANK
         assert torch.equal(target["w"].full_tensor(), torch.arange(8) + overwrite)
         dist.barrier()
     assert len(list(folder.iterdir())) == 3 * WORLD
     with pytest.raises(AlreadyExists):
-        dcp.save(state, storage_writer=dt.StorageWriter(folder), use_collectives=False)
+        dcp_save(state, storage_writer=dt.StorageWriter(folder), use_collectives=False)
 
 
 def refused_at_every_door(folder: Path) -> None:
     state = {"w": torch.ones(3)}
-    dcp.save(state, storage_writer=dt.StorageWriter(folder))
+    dcp_save(state, storage_writer=dt.StorageWriter(folder))
     with pytest.raises(CheckpointException) as caught:
-        dcp.save(state, storage_writer=dt.StorageWriter(folder))
+        dcp_save(state, storage_writer=dt.StorageWriter(folder))
     assert {rank: type(error) for rank, (error, _) in caught.value.failures.items()} == dict.fromkeys(
         range(WORLD), AlreadyExists
     )
@@ -270,7 +274,7 @@ def overwritten_by_fewer(folder: Path) -> None:
     if members(2):
         state = state_of(*trained(3, MESHES[2,], 2))
         writer = dt.StorageWriter(folder, overwrite=True)
-        dcp.save(state, storage_writer=writer, process_group=GROUPS[2])
+        dcp_save(state, storage_writer=writer, process_group=GROUPS[2])
         assert_equal(load_by(2, folder), full(state))
     dist.barrier()
     assert len(list(folder.iterdir())) == 2 * 2 + 1
@@ -283,7 +287,7 @@ def a_rank_that_cannot_write_leaves_the_old_one(folder: Path) -> None:
     if RANK == 2:
         backend.when("write", "*.json", not_done())
     with pytest.raises(CheckpointException) as caught:
-        dcp.save({"w": torch.ones(3)}, storage_writer=dt.StorageWriter(backend, overwrite=True))
+        dcp_save({"w": torch.ones(3)}, storage_writer=dt.StorageWriter(backend, overwrite=True))
     ((rank, (error, _)),) = caught.value.failures.items()
     assert rank == 2 and isinstance(error, StorageError)
     assert_equal(load_by(4, folder), saved)
@@ -292,7 +296,7 @@ def a_rank_that_cannot_write_leaves_the_old_one(folder: Path) -> None:
 def ranks_that_see_different_folders_commit_nothing(folder: Path) -> None:
     """As where somebody else commits between the looks of two ranks."""
     if RANK == 1:
-        dcp.save({"w": torch.ones(3)}, storage_writer=dt.StorageWriter(folder), no_dist=True)
+        dcp_save({"w": torch.ones(3)}, storage_writer=dt.StorageWriter(folder), no_dist=True)
 
     class Blind(LocalBackend):
         async def list(self, prefix: str, delimiter: str | None = None) -> Any:
@@ -301,14 +305,14 @@ def ranks_that_see_different_folders_commit_nothing(folder: Path) -> None:
     dist.barrier()
     before = (folder / "manifest.json").read_bytes()
     with pytest.raises(CheckpointException) as caught:
-        dcp.save({"w": torch.zeros(3)}, storage_writer=dt.StorageWriter(Blind(folder), overwrite=True))
+        dcp_save({"w": torch.zeros(3)}, storage_writer=dt.StorageWriter(Blind(folder), overwrite=True))
     assert isinstance(caught.value.failures[0][0], SaveFailed)
     assert (folder / "manifest.json").read_bytes() == before
 
 
 def damage_is_told_by_the_rank_that_meets_it(folder: Path) -> None:
-    state = {"w": distribute_tensor(torch.arange(64), MESHES[4,], [Shard(0)])}
-    dcp.save(state, storage_writer=dt.StorageWriter(folder))
+    state: State = {"w": distribute_tensor(torch.arange(64), MESHES[4,], [Shard(0)])}
+    dcp_save(state, storage_writer=dt.StorageWriter(folder))
     if RANK == 0:
         path = folder / "shard-00002-of-00004.safetensors"
         data = bytearray(path.read_bytes())
@@ -316,7 +320,7 @@ def damage_is_told_by_the_rank_that_meets_it(folder: Path) -> None:
         path.write_bytes(data)
     dist.barrier()
     with pytest.raises(CheckpointException) as caught:
-        dcp.load(state, storage_reader=dt.StorageReader(folder))
+        dcp_load(state, storage_reader=dt.StorageReader(folder))
     ((rank, (error, _)),) = caught.value.failures.items()
     assert rank == 2 and isinstance(error, CorruptCheckpoint) and "shard-00002-of-00004" in str(error)
 
@@ -324,10 +328,10 @@ def damage_is_told_by_the_rank_that_meets_it(folder: Path) -> None:
 def stock_writes_and_ours_reads(folder: Path) -> None:
     model, _ = trained(1, MESHES[4,], 1)
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    dcp.save(dict(model.state_dict()), storage_writer=writer)
+    dcp_save(dict(model.state_dict()), storage_writer=writer)
     other, _ = trained(2, MESHES[2, 2], 1)
     state = dict(other.state_dict())
-    dcp.load(state, storage_reader=dt.StorageReader(folder))
+    dcp_load(state, storage_reader=dt.StorageReader(folder))
     assert_equal(full(state), full(dict(model.state_dict())))
 
 
@@ -337,7 +341,7 @@ def _async(folder: Path, kind: AsyncCheckpointerType, shared: bool) -> None:
     for n in range(3):
         state = state_of(model, optimizer)
         expected = full(state)
-        saving = dcp.async_save(
+        saving = async_save(
             state,
             storage_writer=dt.StorageWriter(folder / str(n)),
             async_stager=stager,

@@ -100,7 +100,9 @@ class _OwnMemory:
             self._arenas = [room, *(known for known in self._arenas if known is not arena)]
         # An array keeps the arena from being resized as long as some tensor on it is there.
         return (
-            torch.from_numpy(np.frombuffer(room, np.uint8)) if nbytes else torch.empty(0, dtype=torch.uint8)
+            torch.from_numpy(np.frombuffer(memoryview(room), np.uint8))
+            if nbytes
+            else torch.empty(0, dtype=torch.uint8)
         )
 
     def lend(self, staged: dict[str, Any]) -> dict[str, Any]:
@@ -146,7 +148,9 @@ class _SharedMemory:
 
 def _shared_block(nbytes: int) -> torch.Tensor:
     block = torch.empty(nbytes, dtype=torch.uint8)
-    return block.share_memory_() if nbytes else block
+    if nbytes:
+        block.share_memory_()  # type: ignore[no-untyped-call]
+    return block
 
 
 def _is_free(arena: _C.Arena) -> bool:

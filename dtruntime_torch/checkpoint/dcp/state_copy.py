@@ -11,7 +11,8 @@ from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed._shard.sharded_tensor.shard import Shard
 
 from dtruntime_torch.checkpoint.state.local_shard import check_plain, is_dtensor, memory_of
 from dtruntime_torch.errors import UnsupportedType
@@ -77,8 +78,8 @@ class _Rebuild:
         if type(value) is list:
             return [self.copy_of(item) for item in value]
         if isinstance(value, tuple):
-            items = [self.copy_of(item) for item in value]
-            return type(value)(*items) if hasattr(value, "_fields") else _like(value, items)
+            members = [self.copy_of(item) for item in value]
+            return type(value)(*members) if hasattr(value, "_fields") else _like(value, members)
         return copy.deepcopy(value, self._memo)
 
     def _tensor(self, value: Any) -> torch.Tensor:

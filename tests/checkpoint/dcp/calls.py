@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 import dtruntime_torch as dt
 from dtruntime_torch.errors import DTRuntimeError
@@ -26,14 +27,14 @@ def save(state: State, writer: dt.StorageWriter | Path, **options: Any) -> Metad
     """Saves through DCP; to a folder by a writer with the defaults."""
     writer = dt.StorageWriter(writer) if isinstance(writer, Path) else writer
     with _alone():
-        return dcp.save(state, storage_writer=writer, no_dist=True, **options)
+        return dcp_save(state, storage_writer=writer, no_dist=True, **options)
 
 
 def load(state: State, reader: dt.StorageReader | HuggingFaceStorageReader | Path, **options: Any) -> State:
     """Loads through DCP, in place; from a folder by a reader of ours."""
     reader = dt.StorageReader(reader) if isinstance(reader, Path) else reader
     with _alone():
-        dcp.load(state, storage_reader=reader, no_dist=True, **options)
+        dcp_load(state, storage_reader=reader, no_dist=True, **options)
     return state
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import AsyncStager
+from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -187,9 +187,7 @@ def test_it_is_what_async_save_takes(tmp_path: Path, alone: None, shared: bool) 
     assert isinstance(stager, AsyncStager) and not stager.should_synchronize_after_execute
     for n in range(3):
         state = make_state() | {"n": n}
-        saving = dcp.async_save(
-            state, storage_writer=dt.StorageWriter(tmp_path / str(n)), async_stager=stager
-        )
+        saving = async_save(state, storage_writer=dt.StorageWriter(tmp_path / str(n)), async_stager=stager)
         state["weight"].zero_()
         saving.result()  # type: ignore[union-attr]  # a plain future, for staging has ended
         target = {"weight": torch.zeros(40, 30), "n": None}

@@ -84,7 +84,7 @@ def test_what_dcp_is_told_is_what_its_own_format_tells(tmp_path: Path) -> None:
     for fqn, entry in stock.state_dict_metadata.items():
         found = ours.state_dict_metadata[fqn]
         assert type(found) is type(entry)
-        if isinstance(entry, TensorStorageMetadata):
+        if isinstance(entry, TensorStorageMetadata) and isinstance(found, TensorStorageMetadata):
             assert (found.size, found.chunks) == (entry.size, entry.chunks)
             assert found.properties.dtype == entry.properties.dtype
 
@@ -161,8 +161,12 @@ def test_values_come_back_in_their_types(tmp_path: Path, value: object) -> None:
     assert np.array_equal(found, value) if isinstance(value, np.ndarray) else found == value
 
 
+def range_of(value: Any) -> range:
+    return range(*value)
+
+
 def test_a_type_with_a_codec_comes_back(tmp_path: Path, own_codecs: None) -> None:
-    dt.register_codec(range, "builtins.range", lambda r: (r.start, r.stop, r.step), lambda v: range(*v))
+    dt.register_codec(range, "builtins.range", lambda r: (r.start, r.stop, r.step), range_of)
     save({"x": range(3)}, tmp_path / "one")
     assert load({"x": None}, tmp_path / "one")["x"] == range(3)
 
