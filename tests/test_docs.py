@@ -103,7 +103,9 @@ def loads_the_newest(names: Names) -> None:
 
 def saves_and_loads_through_dcp(names: Names) -> None:
     weights = [dt.StorageReader(f"dcp/{step}").read_metadata().state_dict_metadata for step in (1000, 1001)]
-    assert [list(found) for found in weights] == [[f"model.{name}" for name in names["model"].state_dict()]] * 2
+    assert [list(found) for found in weights] == [
+        [f"model.{name}" for name in names["model"].state_dict()]
+    ] * 2
 
 
 def keeps_the_last_and_the_pinned(names: Names) -> None:
@@ -111,7 +113,12 @@ def keeps_the_last_and_the_pinned(names: Names) -> None:
 
 
 # What each example of the guide leaves, in their order.
-LEAVES = (saves_only_what_changed, loads_the_newest, keeps_the_last_and_the_pinned, saves_and_loads_through_dcp)
+LEAVES = (
+    saves_only_what_changed,
+    loads_the_newest,
+    keeps_the_last_and_the_pinned,
+    saves_and_loads_through_dcp,
+)
 
 
 def test_what_each_example_of_the_guide_leaves_is_known():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -40,6 +40,7 @@ class Contents:
         told: makes an error name the files as they are called in the folder.
         raw_bytes: what is kept as bytes is what a planner handed over, and not a Python value.
         has_digests: its files may be checked.
+        is_current: whether it is still what the folder holds; None where nothing replaces it in place.
         sound: paths of the files whose length and header were checked; added to.
     """
 
@@ -53,6 +54,7 @@ class Contents:
     told: Callable[[CorruptCheckpoint], CorruptCheckpoint]
     raw_bytes: bool
     has_digests: bool = True
+    is_current: Callable[[], Awaitable[bool]] | None = None
     sound: set[str] = field(default_factory=set)
 
     def entry(self, stored: Stored) -> TensorEntry:

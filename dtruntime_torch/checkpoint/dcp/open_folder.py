@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
+from functools import partial
 
 from dtruntime_torch.checkpoint import catalog
 from dtruntime_torch.checkpoint.dcp.contents import Contents
@@ -16,6 +18,8 @@ from dtruntime_torch.checkpoint.manifest import Manifest, Part
 from dtruntime_torch.checkpoint.names import parse_attempt
 from dtruntime_torch.errors import CheckpointNotFound, CorruptCheckpoint, Damage, NotFound
 from dtruntime_torch.storage import LocalBackend
+
+_MOST_TRIES = 5
 
 
 async def open_folder(folder: Folder, solo: int | None, rank: int) -> Contents:
@@ -32,12 +36,23 @@ async def open_folder(folder: Folder, solo: int | None, rank: int) -> Contents:
         NewerFormat: it needs a later version of this package.
     """
     path = folder.path + manifest_name(solo)
-    try:
-        data = await catalog.read_record(folder.backend, path)
-    except NotFound as error:
-        if solo is not None:
-            raise _nothing(folder, path) from error
-        return await _open_without_manifest(folder)
+    for remaining in reversed(range(_MOST_TRIES)):
+        try:
+            data = await catalog.read_record(folder.backend, path)
+        except NotFound as error:
+            if solo is not None:
+                raise _nothing(folder, path) from error
+            return await _open_without_manifest(folder)
+        try:
+            return await _open_manifest(folder, path, data, solo, rank)
+        except CorruptCheckpoint:
+            # It may have been replaced, and its files taken away, since the manifest was read.
+            if not remaining or await _is_current(folder, path, data):
+                raise
+    raise AssertionError("the last try returns or raises")
+
+
+async def _open_manifest(folder: Folder, path: str, data: bytes, solo: int | None, rank: int) -> Contents:
     manifest = decode_sealed(data, path)
     if manifest.generation:
         return await _open_attempt(folder, manifest, data, rank)
@@ -48,7 +63,16 @@ async def open_folder(folder: Folder, solo: int | None, rank: int) -> Contents:
     parts = await _read_parts(view, manifest)
     stored = manifest.metadata.get(KEY) if isinstance(manifest.metadata, dict) else None
     planner_data = planner_data_from_json(stored, parts.values(), path)
-    return _contents(folder, view, manifest, parts, planner_data, rank, raw_bytes=True)
+    contents = _contents(folder, view, manifest, parts, planner_data, rank, raw_bytes=True)
+    return replace(contents, is_current=partial(_is_current, folder, path, data))
+
+
+async def _is_current(folder: Folder, path: str, data: bytes) -> bool:
+    """Whether the manifest is still the one that was read."""
+    try:
+        return await catalog.read_record(folder.backend, path) == data
+    except NotFound:
+        return False
 
 
 async def _open_without_manifest(folder: Folder) -> Contents:

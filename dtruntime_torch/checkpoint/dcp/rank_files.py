@@ -93,5 +93,7 @@ def _in_rows(tensors: Sequence[torch.Tensor]) -> list[memoryview]:
 
 
 def _memory(tensor: torch.Tensor, begin: int, length: int) -> memoryview:
+    if length == tensor.numel() * tensor.element_size():
+        return bytes_of(tensor)
     storage = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
     return bytes_of(storage)[begin - storage.data_ptr() :][:length]

@@ -16,7 +16,7 @@ from dtruntime_torch.checkpoint.dcp.folder import CheckpointId, Folder, Target, 
 from dtruntime_torch.checkpoint.dcp.names_in_folder import manifest_name
 from dtruntime_torch.checkpoint.dcp.open_folder import open_folder
 from dtruntime_torch.checkpoint.dcp.read_items import read_items
-from dtruntime_torch.errors import InvalidArgument, NotFound
+from dtruntime_torch.errors import CorruptCheckpoint, InvalidArgument, LoadFailed, NotFound
 from dtruntime_torch.storage import backend_for, run_sync
 
 
@@ -100,7 +100,7 @@ class StorageReader(TorchStorageReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         if self._contents is None:
             raise InvalidArgument("set_up_storage_reader comes first")
-        run_sync(read_items(self._contents, plan, planner))
+        run_sync(_read(self._contents, plan, planner))
         future: Future[None] = Future()
         future.set_result(None)
         return future
@@ -115,6 +115,15 @@ class StorageReader(TorchStorageReader):
 
     def _folder(self) -> Folder:
         return folder_of(self._target, self._checkpoint_id)
+
+
+async def _read(contents: Contents, plan: LoadPlan, planner: LoadPlanner) -> None:
+    try:
+        await read_items(contents, plan, planner)
+    except CorruptCheckpoint as error:
+        if contents.is_current is None or await contents.is_current():
+            raise
+        raise LoadFailed(f"{contents.where} was replaced while it was loaded; load it again") from error
 
 
 async def _has_manifest(folder: Folder) -> bool:

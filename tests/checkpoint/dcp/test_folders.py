@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 import dtruntime_torch as dt
-from dtruntime_torch.errors import AlreadyExists, InvalidArgument, StorageError
+from dtruntime_torch.errors import AlreadyExists, InvalidArgument, LoadFailed, StorageError
 from dtruntime_torch.storage import LocalBackend
+from dtruntime_torch.storage.sync import in_thread
 from dtruntime_torch.testing.faulty_backend import FaultyBackend, killed, lost_answer, not_done
 from tests.checkpoint.dcp.calls import State, equal, load, load_stock, refused, refused_to_read, save
 
@@ -157,6 +160,33 @@ def test_a_damaged_manifest_is_replaced_when_that_was_asked_for(tmp_path: Path) 
     (tmp_path / "manifest.json").write_bytes(b"{")
     save(state_of(2), dt.StorageWriter(tmp_path, overwrite=True))
     assert equal(load(blank(), tmp_path), state_of(2))
+
+
+def test_what_is_replaced_while_it_is_opened_is_opened_anew(tmp_path: Path) -> None:
+    save(state_of(1), tmp_path)
+
+    class Replaced(LocalBackend):
+        async def read(self, path):
+            data = await super().read(path)
+            if path == "manifest.json" and not reads:
+                reads.append(path)
+                await in_thread(partial(save, state_of(2), dt.StorageWriter(tmp_path, overwrite=True)))
+            return data
+
+    reads: list[str] = []
+    assert equal(load(blank(), dt.StorageReader(Replaced(tmp_path))), state_of(2))
+
+
+def test_what_is_replaced_while_it_is_loaded_is_no_damage(tmp_path: Path) -> None:
+    save(state_of(1), tmp_path)
+
+    class Replacing(DefaultLoadPlanner):
+        def create_local_plan(self):
+            save(state_of(2), dt.StorageWriter(tmp_path, overwrite=True))
+            return super().create_local_plan()
+
+    with refused(LoadFailed, "was replaced while it was loaded"):
+        load(blank(), tmp_path, planner=Replacing())
 
 
 def test_a_managers_checkpoint_is_never_replaced(tmp_path: Path) -> None:
