@@ -57,6 +57,32 @@ def test_who_is_overtaken_between_the_door_and_the_end_fails(tmp_path: Path) -> 
     assert (tmp_path / "manifest.json").read_bytes() == b"somebody else's"
 
 
+def test_who_is_overtaken_takes_nothing_of_the_other_away(tmp_path: Path) -> None:
+    theirs = tmp_path / "shard-00001-of-00002.safetensors"
+
+    class Overtaken(LocalBackend):
+        async def write(self, path, data):
+            await super().write(path, data)
+            for name in (theirs.name, "manifest.json"):
+                await super().write(name, b"somebody else's")
+
+    with refused(AlreadyExists, "manifest.json"):
+        save(state_of(1), dt.StorageWriter(Overtaken(tmp_path)))
+    assert theirs.exists()
+
+
+def test_what_a_rank_saved_alone_does_not_take_the_place_of_what_is_damaged(tmp_path: Path) -> None:
+    save(state_of(1), tmp_path / "alone", use_collectives=False)
+    assert equal(load(blank(), tmp_path / "alone"), state_of(1))
+    save(state_of(2), tmp_path / "all")
+    for path in (tmp_path / "alone").iterdir():
+        path.rename(tmp_path / "all" / path.name)
+    assert equal(load(blank(), tmp_path / "all"), state_of(2))
+    (tmp_path / "all" / "manifest.json").write_bytes(b"{")
+    with refused_to_read("manifest.json is no valid manifest"):
+        load(blank(), tmp_path / "all")
+
+
 @pytest.mark.parametrize("times", [1, 3])
 def test_overwriting_leaves_the_new_one_alone(tmp_path: Path, times: int) -> None:
     for n in range(times + 1):
@@ -174,7 +200,8 @@ def test_what_is_replaced_while_it_is_opened_is_opened_anew(tmp_path: Path) -> N
             return data
 
     reads: list[str] = []
-    assert equal(load(blank(), dt.StorageReader(Replaced(tmp_path))), state_of(2))
+    metadata = dt.StorageReader(Replaced(tmp_path)).read_metadata()
+    assert metadata.storage_data.parts[0].attempt.endswith("-2")
 
 
 def test_what_is_replaced_while_it_is_loaded_is_no_damage(tmp_path: Path) -> None:

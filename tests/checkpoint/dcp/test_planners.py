@@ -172,7 +172,9 @@ def sharded(value: torch.Tensor, cuts: list[int]) -> ShardedTensor:
     return init_from_local_shards(shards, list(value.shape))
 
 
-@pytest.mark.parametrize(("saved", "wanted"), [([4], []), ([2, 5], [1, 3, 6]), ([], [3])])
+@pytest.mark.parametrize(
+    ("saved", "wanted"), [([4], []), ([2, 5], [1, 3, 6]), ([], [3]), ([0], []), ([0, 3], [3])]
+)
 def test_several_shards_of_a_sharded_tensor(
     tmp_path: Path, alone: None, saved: list[int], wanted: list[int]
 ) -> None:
