@@ -60,7 +60,10 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def _digests(tensors: Sequence[torch.Tensor], chunk_bytes: int) -> bytes:
-    return b"".join(_C.digest(bytes_of(tensor), chunk_bytes) for tensor in tensors if tensor.numel())
+    # One thread keeps up with any storage, and leaves the others to who is training meanwhile.
+    return b"".join(
+        _C.digest(bytes_of(tensor), chunk_bytes, threads=1) for tensor in tensors if tensor.numel()
+    )
 
 
 def _place_in_page(file: ShardFile) -> int | None:

@@ -126,7 +126,8 @@ class StorageWriter(TorchStorageWriter):
         if not isinstance(numbers, PartNumbers) or len(files) > len(numbers.own):
             raise InvalidArgument(
                 "the plan that is to be written is not the one that this writer prepared: a planner's finish_plan has to "
-                "keep the items of the plan that it is given, and its storage_data"
+                "keep the items of the plan that it is given, and its storage_data; and what planners keep in the process "
+                "(enable_plan_caching) may not be of a save by another kind of writer"
             )
         # What was asked for in a plan that had more of a name stays a part, if an empty one.
         files += [ShardFile() for _ in numbers.own[len(files) :]]
