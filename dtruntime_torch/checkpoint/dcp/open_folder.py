@@ -84,6 +84,12 @@ async def _open_without_manifest(folder: Folder) -> Contents:
         )
     contents = await open_foreign(folder)
     if contents is None:
+        names = {entry.path for entry in await folder.backend.list(f"{folder.path}.metadata")}
+        if f"{folder.path}.metadata" in names:
+            raise CheckpointNotFound(
+                f"{folder} holds a checkpoint of DCP's own format, of which the metadata is a pickle: load it with "
+                f"FileSystemReader, if you trust who wrote it, and save it with StorageWriter"
+            )
         raise _nothing(folder, folder.path + manifest_name(None))
     return contents
 

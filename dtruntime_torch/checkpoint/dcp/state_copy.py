@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed._shard.sharded_tensor.shard import Shard
+from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 from dtruntime_torch.checkpoint.state.local_shard import check_plain, is_dtensor, memory_of
 from dtruntime_torch.errors import UnsupportedType
@@ -52,7 +53,7 @@ class StateCopy:
             for name, part in inner.items():
                 if isinstance(part, torch.Tensor):
                     self._find(part, f"{where}.{name}")
-            if not inner and not isinstance(value, ShardedTensor):
+            if not inner and not isinstance(value, (ShardedTensor, LocalShardsWrapper)):
                 plain = _plain(value)
                 check_plain(plain, where)
                 self.tensors.setdefault(memory_of(plain), plain)
@@ -85,6 +86,9 @@ class _Rebuild:
     def _tensor(self, value: Any) -> torch.Tensor:
         if isinstance(value, ShardedTensor):
             return self._sharded(value)
+        if isinstance(value, LocalShardsWrapper):
+            shards = [self._tensor(one) for one in value.local_shards()]
+            return LocalShardsWrapper(shards, [tuple(at) for at in value.local_offsets()])
         if is_dtensor(value):
             return _dtensor_around(self._tensor(value._local_tensor), value)
         inner = {
@@ -111,7 +115,10 @@ def _dtensor_around(local: torch.Tensor, like: Any) -> torch.Tensor:
     A DTensor takes over the place in its storage of the shard that it is made around, and one that has a place cannot be
     sent to another process: pickling it then reads the storage that it does not have (torch 2.13: SIGSEGV).
     """
-    made: Any = type(like)(local.as_strided(local.shape, local.stride(), 0), like._spec, requires_grad=False)
+    placeless = local
+    if not isinstance(local, LocalShardsWrapper):
+        placeless = local.as_strided(local.shape, local.stride(), 0)
+    made: Any = type(like)(placeless, like._spec, requires_grad=False)
     made._local_tensor = local
     return made  # type: ignore[no-any-return]  # a DTensor
 
@@ -123,6 +130,8 @@ def _inner_parts(value: torch.Tensor) -> Iterator[tuple[str, Any]]:
             if not shard.tensor.is_cpu:
                 raise UnsupportedType("the shards of a ShardedTensor are staged on the host only: use FSDP2")
             yield str(shard.metadata.shard_offsets), shard.tensor
+    elif isinstance(value, LocalShardsWrapper):
+        yield from zip(map(str, value.local_offsets()), value.local_shards(), strict=True)
     elif hasattr(type(value), "__tensor_flatten__") and not hasattr(value, "wait"):
         names, _ = value.__tensor_flatten__()  # type: ignore[attr-defined]  # just asked
         yield from ((name, getattr(value, name)) for name in names)

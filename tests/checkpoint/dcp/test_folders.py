@@ -278,7 +278,7 @@ def test_without_any_folder_both_say_so() -> None:
         load(blank(), dt.StorageReader())
 
 
-@pytest.mark.parametrize("place", ["/tmp/x", "relative", Path("/tmp/y"), "s3://bucket/x", "file:///tmp/z"])
+@pytest.mark.parametrize("place", ["/mnt/x", "relative", Path("/mnt/y"), "s3://bucket/x", "file:///mnt/z"])
 def test_which_checkpoint_ids_are_taken(place) -> None:
     expected = "s3" not in str(place)
     assert dt.StorageWriter.validate_checkpoint_id(place) == expected

@@ -16,6 +16,10 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed._shard.sharded_tensor.shard import Shard
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as Placed
+from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 import dtruntime_torch as dt
 from dtruntime_torch.errors import InvalidArgument, UnsupportedType
@@ -185,6 +189,26 @@ def test_several_shards_of_a_sharded_tensor(
     load({"s": target, "n": None}, folder)
     assert torch.equal(torch.cat([shard.tensor for shard in target.local_shards()]), value)
     assert torch.equal(load_stock({"s": torch.zeros(8, 2)}, folder)["s"], value)
+
+
+def wrapped(value: torch.Tensor) -> DTensor:
+    """As torchrec holds a table: two shards of it on one rank."""
+    shards = LocalShardsWrapper([value[:3].clone(), value[3:].clone()], [(0, 0), (3, 0)])
+    shape = torch.Size(value.shape)
+    mesh = init_device_mesh("cpu", (1,))
+    return DTensor.from_local(shards, mesh, [Placed(0)], run_check=False, shape=shape, stride=(shape[1], 1))
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_several_shards_in_one_dtensor(tmp_path: Path, alone: None, staged: bool) -> None:
+    value, folder = torch.arange(16.0).reshape(8, 2), tmp_path / "one"
+    state: State = {"first": torch.ones(3), "d": wrapped(value)}
+    save(dt.PinnedStager().stage(state) if staged else state, folder)
+    target = wrapped(torch.zeros(8, 2))
+    load({"d": target}, folder)
+    local: Any = target.to_local()
+    assert torch.equal(torch.cat(local.local_shards()), value)
+    assert torch.equal(load_stock({"d": torch.zeros(8, 2)}, folder)["d"], value)
 
 
 def test_a_staged_sharded_tensor_is_saved(tmp_path: Path, alone: None) -> None:
