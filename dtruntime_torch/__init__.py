@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from dtruntime_torch.build import build_info
     from dtruntime_torch.checkpoint.cleaning.prune_plan import PruneReport
     from dtruntime_torch.checkpoint.cleaning.retention import KeepBest
+    from dtruntime_torch.checkpoint.dcp.pinned_stager import PinnedStager
+    from dtruntime_torch.checkpoint.dcp.storage_reader import StorageReader
+    from dtruntime_torch.checkpoint.dcp.storage_writer import StorageWriter
     from dtruntime_torch.checkpoint.flatten import PerRank, register_codec
     from dtruntime_torch.checkpoint.info import CheckpointInfo, LoadedCheckpoint
     from dtruntime_torch.checkpoint.saving.delta import DeltaPolicy
@@ -43,11 +46,14 @@ _HOMES = {
     "LocalBackend": "dtruntime_torch.storage",
     "MemoryBackend": "dtruntime_torch.storage",
     "PerRank": "dtruntime_torch.checkpoint.flatten",
+    "PinnedStager": "dtruntime_torch.checkpoint.dcp.pinned_stager",
     "PruneReport": "dtruntime_torch.checkpoint.cleaning.prune_plan",
     "RetryPolicy": "dtruntime_torch.retry",
     "SaveHandle": "dtruntime_torch.checkpoint.saving.handle",
     "SaveMetrics": "dtruntime_torch.checkpoint.saving.handle",
     "StorageBackend": "dtruntime_torch.storage",
+    "StorageReader": "dtruntime_torch.checkpoint.dcp.storage_reader",
+    "StorageWriter": "dtruntime_torch.checkpoint.dcp.storage_writer",
     "VerifyReport": "dtruntime_torch.checkpoint.verify",
     "build_info": "dtruntime_torch.build",
     "register_codec": "dtruntime_torch.checkpoint.flatten",
@@ -65,11 +71,14 @@ __all__ = [
     "LocalBackend",
     "MemoryBackend",
     "PerRank",
+    "PinnedStager",
     "PruneReport",
     "RetryPolicy",
     "SaveHandle",
     "SaveMetrics",
     "StorageBackend",
+    "StorageReader",
+    "StorageWriter",
     "VerifyReport",
     "__version__",
     "build_info",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ def own_codecs(monkeypatch: pytest.MonkeyPatch) -> None:
     A codec is registered for as long as the process lives, nothing public takes it back, and a second one of its type or tag
     is refused; so what one test leaves would decide what another finds.
     """
+    importlib.import_module("dtruntime_torch.checkpoint.flatten")  # registers ours, which are to stay
     for registry in ("_codecs_by_type", "_codecs_by_tag"):
         monkeypatch.setattr(objects, registry, dict(getattr(objects, registry)))
 

@@ -105,12 +105,25 @@ def loads_the_newest(names: Names) -> None:
     assert torch.equal(names["state"]["model"]["encoder.weight"], saved)
 
 
+def saves_and_loads_through_dcp(names: Names) -> None:
+    weights = [dt.StorageReader(f"dcp/{step}").read_metadata().state_dict_metadata for step in (1000, 1001)]
+    assert [list(found) for found in weights] == [
+        [f"model.{name}" for name in names["model"].state_dict()]
+    ] * 2
+
+
 def keeps_the_last_and_the_pinned(names: Names) -> None:
     assert [info.step for info in names["manager"].list()] == [500, 700, 800, 900]
 
 
 # What each example of the guide leaves, in their order.
-LEAVES = (tells_how_a_save_went, saves_only_what_changed, loads_the_newest, keeps_the_last_and_the_pinned)
+LEAVES = (
+    tells_how_a_save_went,
+    saves_only_what_changed,
+    loads_the_newest,
+    keeps_the_last_and_the_pinned,
+    saves_and_loads_through_dcp,
+)
 
 
 def test_what_each_example_of_the_guide_leaves_is_known():

@@ -22,7 +22,7 @@ BINDINGS = ROOT / "csrc" / "bindings"
 # functions and for types alone. Names are relative to the package; in "storage.*" each may import the others.
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
-        "_C _version checkpoint checkpoint.cleaning checkpoint.format checkpoint.loading checkpoint.saving checkpoint.staging checkpoint.state errors",
+        "_C _version checkpoint checkpoint.cleaning checkpoint.dcp checkpoint.format checkpoint.loading checkpoint.saving checkpoint.staging checkpoint.state errors",
         "checkpoint.dtypes checkpoint.names counts",
         "checkpoint.specs retry",
     ),
@@ -64,6 +64,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "checkpoint.saving.leader checkpoint.loading.load_round checkpoint.saving.snapshot",
         "checkpoint.saving.publish checkpoint.loading.load_together",
         "checkpoint.save checkpoint.restore",
+        "checkpoint.dcp.contents checkpoint.dcp.foreign_header checkpoint.dcp.names_in_folder checkpoint.dcp.payloads checkpoint.dcp.sealed checkpoint.dcp.state_copy checkpoint.dcp.state_paths",
+        "checkpoint.dcp.folder checkpoint.dcp.pinned_stager checkpoint.dcp.read_items checkpoint.dcp.write_items",
+        "checkpoint.dcp.commit_folder checkpoint.dcp.foreign_folder checkpoint.dcp.rank_files",
+        "checkpoint.dcp.open_folder checkpoint.dcp.storage_writer",
+        "checkpoint.dcp.storage_reader",
     ),
     ("manager rng sampler", "writer"),
     ("cli cli.* gpucheck gpucheck.* hook",),

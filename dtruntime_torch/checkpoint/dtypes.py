@@ -66,6 +66,20 @@ def safetensors_code(dtype: str) -> str | None:
     return _lookup(dtype)[1]
 
 
+def dtype_of_code(code: str) -> str | None:
+    """The dtype that safetensors calls so, or None if there is none here.
+
+    Example:
+        >>> dtype_of_code("BF16"), dtype_of_code("F8_E8M0"), dtype_of_code("F4")
+        ('bfloat16', 'float8_e8m0fnu', None)
+    """
+    # Others write it, whatever their readers make of it.
+    return "float8_e8m0fnu" if code == "F8_E8M0" else _BY_CODE.get(code)
+
+
+_BY_CODE = {code: dtype for dtype, (_, code) in _DTYPES.items() if code is not None}
+
+
 def _lookup(dtype: str) -> tuple[int, str | None]:
     try:
         return _DTYPES[dtype]

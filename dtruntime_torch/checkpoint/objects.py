@@ -88,6 +88,11 @@ def has_codec(kind: type) -> bool:
     return kind in _codecs_by_type
 
 
+def codec_types() -> tuple[type, ...]:
+    """The types whose values are stored by a codec."""
+    return tuple(_codecs_by_type)
+
+
 def encode(value: object, where: str) -> Json:
     """Encodes a value.
 

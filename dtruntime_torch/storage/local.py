@@ -65,6 +65,11 @@ class LocalBackend:
         return f"LocalBackend({self._root!r})"
 
     @property
+    def root(self) -> str:
+        """The folder, as an absolute path."""
+        return self._root
+
+    @property
     def settle_seconds(self) -> float:
         return _NETWORK_SETTLES if is_on_network(self._real_root()) else 0.0
 

@@ -24,7 +24,8 @@ def make_worlds(ranks: int) -> None:
         GROUPS[first] = dist.new_group(list(range(first)))
         MESHES[first,] = DeviceMesh("cpu", list(range(first)))
         if first % 2 == 0:
-            MESHES[2, first // 2] = DeviceMesh("cpu", torch.arange(first).reshape(2, first // 2))
+            rows = torch.arange(first).reshape(2, first // 2)
+            MESHES[2, first // 2] = DeviceMesh("cpu", rows, mesh_dim_names=("replicate", "shard"))
 
 
 def run_in_turn(scenarios: Mapping[str, Callable[[Path], None]], folder: Path, rank: int) -> None:

@@ -17,6 +17,8 @@ from dtruntime_torch.errors import InvalidArgument
 ALIGNMENT = 64
 """Data starts at a multiple of this many bytes, so that every tensor is aligned to its element size."""
 
+PAGE = 4096
+
 MAX_HEADER_BYTES = 100_000_000
 """What stock safetensors refuses to read beyond, without the eight bytes of length."""
 
@@ -54,11 +56,13 @@ class Layout:
     length: int
 
 
-def make_layout(plan: SavePlan) -> Layout:
+def make_layout(plan: SavePlan, data_at: int | None = None) -> Layout:
     """Lays out what a rank writes.
 
     Args:
         plan: what the rank writes.
+        data_at: as many bytes behind the start of a page of the file the data begins, a multiple of `ALIGNMENT`: what
+            lies in its page of memory as it lies in that of the file is written without a copy. None: where it may.
 
     Raises:
         InvalidArgument: there are more tensors than stock safetensors reads of one file.
@@ -70,7 +74,7 @@ def make_layout(plan: SavePlan) -> Layout:
         (0, 16)
     """
     items = sorted(plan.tensors, key=lambda item: -itemsize(item.spec.dtype))
-    header = _encode_header(items)
+    header = _encode_header(items, data_at)
     slots, offset = [], len(header)
     for item in items:
         nbytes = item.spec.nbytes
@@ -79,7 +83,7 @@ def make_layout(plan: SavePlan) -> Layout:
     return Layout(header, tuple(slots), offset)
 
 
-def _encode_header(items: list[WriteItem]) -> bytes:
+def _encode_header(items: list[WriteItem], data_at: int | None) -> bytes:
     saved_offsets = {item.name: {"saved_offsets": _stored_offsets(item.spec)} for item in items}
     table: dict[str, object] = {
         "__metadata__": {
@@ -97,7 +101,8 @@ def _encode_header(items: list[WriteItem]) -> bytes:
         }
         begin = end
     text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    begin, unit = (0, ALIGNMENT) if data_at is None else (data_at, PAGE)
+    text += b" " * ((begin - 8 - len(text)) % unit)
     if len(text) > MAX_HEADER_BYTES:
         raise InvalidArgument(
             f"{len(items)} tensors on one rank need a header of {len(text)} bytes, and safetensors reads at most "

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from dtruntime_torch import _C
 from dtruntime_torch.checkpoint.format import strict_json
+from dtruntime_torch.checkpoint.format.checks import is_own
 from dtruntime_torch.checkpoint.format.records import FileRef, ObjectEntry, Part, PartRef, TensorEntry
 from dtruntime_torch.checkpoint.manifest import VERSION, encode_part
 from dtruntime_torch.checkpoint.names import (
@@ -81,22 +82,39 @@ async def write_shard(
         StorageError: a file could not be written; `delete_shard` takes away what is there.
     """
     _check(layout, image, digests, chunk_bytes)
-    suffix = DATA_SUFFIX if delta is None else DELTA_SUFFIX
-    data_name = shard_file_name(plan.rank, plan.world_size, suffix)
-    part_name = shard_file_name(plan.rank, plan.world_size, PART_SUFFIX)
+    part = describe_part(attempt, plan, layout, digests, chunk_bytes, values, delta)
     data = [image] if delta is None else _delta_file(image, delta)
+    if data:
+        suffix = DATA_SUFFIX if delta is None else DELTA_SUFFIX
+        data_name = shard_file_name(plan.rank, plan.world_size, suffix)
+        await backend.write(f"{attempt_path(name, attempt)}/{data_name}", data)
+    return await write_part(backend, name, attempt, part)
+
+
+def describe_part(
+    attempt: Attempt,
+    plan: SavePlan,
+    layout: Layout,
+    digests: bytes,
+    chunk_bytes: int,
+    values: Mapping[str, Json],
+    delta: Delta | None = None,
+) -> Part:
+    """The part manifest of what a rank writes; the arguments are those of `write_shard`."""
+    suffix = DATA_SUFFIX if delta is None else DELTA_SUFFIX
     header = layout.header if delta is None else DELTA_HEADER
-    length = sum(view.nbytes for view in data)
-    own = FileRef(f"{attempt.path}/{data_name}", length, len(header), _C.digest(header, len(header)))
+    length = layout.length if delta is None else _delta_length(delta)
+    path = f"{attempt.path}/{shard_file_name(plan.rank, plan.world_size, suffix)}"
+    own = FileRef(path, length, len(header), _C.digest(header, len(header)))
     extents = [slot.extents for slot in layout.slots] if delta is None else delta.extents
-    part = Part(
+    return Part(
         rank=plan.rank,
         world_size=plan.world_size,
         generation=attempt.generation,
         step=attempt.step,
         attempt=attempt.path,
         chunk_bytes=chunk_bytes,
-        files=(*(() if delta is None else delta.files), *((own,) if data else ())),
+        files=(*(() if delta is None else delta.files), *((own,) if length else ())),
         tensors=_tensor_entries(layout, digests, chunk_bytes, extents),
         objects=tuple(
             ObjectEntry(spec.fqn, spec.path, spec.index, spec.per_rank, values[spec.fqn])
@@ -104,13 +122,26 @@ async def write_shard(
         ),
         completed_by=plan.completed_by,
     )
+
+
+async def write_part(backend: StorageBackend, name: str, attempt: Attempt, part: Part) -> Shard:
+    """Writes a part manifest, whose data file is durable already.
+
+    Args:
+        backend: where to.
+        name: of the checkpoint.
+        attempt: whose folder gets the file.
+        part: as `describe_part` gave it.
+
+    Raises:
+        StorageError: it could not be written.
+    """
     encoded = encode_part(part)
-    folder = attempt_path(name, attempt)
-    if data:
-        await backend.write(f"{folder}/{data_name}", data)
-    await backend.write(f"{folder}/{part_name}", encoded)
+    part_name = shard_file_name(part.rank, part.world_size, PART_SUFFIX)
+    await backend.write(f"{attempt_path(name, attempt)}/{part_name}", encoded)
+    written = sum(file.length for file in part.files if is_own(file, attempt.path))
     sha256 = hashlib.sha256(encoded).hexdigest()
-    return Shard(part, PartRef(plan.rank, part_name, len(encoded), sha256, length))
+    return Shard(part, PartRef(part.rank, part_name, len(encoded), sha256, written))
 
 
 async def delete_shard(
@@ -141,6 +172,10 @@ def _delta_file(image: memoryview, delta: Delta) -> list[memoryview]:
     if not delta.runs:
         return []
     return [memoryview(DELTA_HEADER), *(image[start : start + nbytes] for start, nbytes in delta.runs)]
+
+
+def _delta_length(delta: Delta) -> int:
+    return len(DELTA_HEADER) + sum(nbytes for _, nbytes in delta.runs) if delta.runs else 0
 
 
 def _tensor_entries(

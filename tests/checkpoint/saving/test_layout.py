@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from dtruntime_torch.checkpoint.dtypes import _DTYPES, itemsize, safetensors_code
 from dtruntime_torch.checkpoint.saving import layout as layout_module
-from dtruntime_torch.checkpoint.saving.layout import ALIGNMENT, Layout, make_layout
+from dtruntime_torch.checkpoint.saving.layout import ALIGNMENT, PAGE, Layout, make_layout
 from dtruntime_torch.checkpoint.specs import SavePlan, TensorSpec, WriteItem
 from dtruntime_torch.errors import InvalidArgument
 from tests.checkpoint.plan_builders import dtypes, shapes, tensor
@@ -67,6 +67,15 @@ def as_stored(value: torch.Tensor) -> torch.Tensor:
     if safetensors_code(dtype):
         return value
     return value.reshape(-1).contiguous().view(torch.uint8).reshape(*value.shape, itemsize(dtype))
+
+
+@pytest.mark.parametrize("data_at", [0, 64, PAGE - 64])
+@pytest.mark.parametrize("count", [0, 1, 40, 41, 42, 500])
+def test_the_data_begins_where_in_a_page_it_is_wanted(data_at: int, count: int) -> None:
+    items = tuple(WriteItem(tensor(f"t{n}", 3), f"t{n}") for n in range(count))
+    layout = make_layout(SavePlan(0, 1, items, (), ()), data_at)
+    assert len(layout.header) % PAGE == data_at
+    assert len(layout.header) - PAGE < len(layout_of(*(item.spec for item in items)).header)
 
 
 @given(st.lists(st.tuples(dtypes, shapes), max_size=12))
