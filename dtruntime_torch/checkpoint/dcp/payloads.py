@@ -11,7 +11,7 @@ import io
 import pickle
 import zipfile
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -80,7 +80,22 @@ def raw_payload(data: bytes, fqn: str, planner: LoadPlanner) -> io.BytesIO:
             f"{fqn}: the checkpoint holds bytes that {type(planner).__qualname__} would unpickle, which might run code "
             f"of whoever wrote them; bytes of a planner of one's own are read by one that overrides load_bytes"
         )
-    return io.BytesIO(data)
+    return RawPayload(data)
+
+
+class RawPayload(io.BytesIO):
+    """Bytes that a planner may take as they are, and that nothing unpickles by mistake.
+
+    A planner that overrides `load_bytes` may still call that of torch, which hands them to pickle; what is no pickle to the
+    eye may be one to it. It reads lines, which are not there, or from a zip into memory, which is refused.
+    """
+
+    @property
+    def readline(self) -> NoReturn:
+        raise AttributeError("bytes that were kept as they were are not read by lines")
+
+    def readinto(self, buffer: object) -> NoReturn:
+        raise io.UnsupportedOperation("bytes that were kept as they were are not read into memory")
 
 
 def _is_torch_file(data: bytes) -> bool:

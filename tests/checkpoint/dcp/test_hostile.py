@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItemType
 
+from dtruntime_torch.checkpoint.dcp import payloads
 from dtruntime_torch.checkpoint.dcp.sealed import encode_sealed
 from dtruntime_torch.checkpoint.manifest import decode_manifest
 from dtruntime_torch.errors import CorruptCheckpoint, UnsupportedType
@@ -153,6 +155,26 @@ def test_a_forged_pickle_in_the_data_reaches_no_planner(
         if planner is DefaultLoadPlanner:
             with pytest.raises(BaseException, match="would unpickle"):
                 load_whole(tmp_path / "one")
+    assert not trap.place.exists()
+
+
+class TrustingLoadPlanner(DefaultLoadPlanner):
+    """Looks at the bytes, and has torch read them."""
+
+    def load_bytes(self, read_item, value):
+        assert value.getvalue()
+        super().load_bytes(read_item, value)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_pickle_that_is_not_known_for_one_is_not_run_by_a_planner_that_trusts_torch(
+    tmp_path: Path, trap: Trap, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for look in ("_is_torch_file", "_is_pickle"):
+        monkeypatch.setattr(payloads, look, lambda data: False)
+    save({"x": 1}, tmp_path / "one", planner=RawPlanner(forms(trap)[form]))
+    with pytest.raises(CheckpointException):
+        load({"x": None}, tmp_path / "one", planner=TrustingLoadPlanner())
     assert not trap.place.exists()
 
 
