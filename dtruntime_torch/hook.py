@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from dtruntime_torch.checkpoint.flatten import PerRank, Stateful
 from dtruntime_torch.checkpoint.objects import Json
-from dtruntime_torch.checkpoint.saving.handle import SaveHandle
+from dtruntime_torch.checkpoint.saving.handle import SaveHandle, SaveMetrics
 from dtruntime_torch.counts import check_count
 from dtruntime_torch.errors import CheckpointNotFound, InvalidArgument
 from dtruntime_torch.manager import CheckpointManager
@@ -74,7 +74,8 @@ class CheckpointHook:
         self.every_n_steps = every_n_steps
         self.current_step = 0
         self.last_save: SaveHandle | None = None
-        self._stalled_before = 0.0
+        self._ended = SaveMetrics()
+        self._under_way: list[SaveHandle] = []  # several while saves are skipped
         self._seed = seed
         self._metadata = metadata
         self._rng = RngState()
@@ -85,10 +86,19 @@ class CheckpointHook:
         manager.guard(*(one for one in optimizers if isinstance(one, torch.optim.Optimizer)))
 
     @property
+    def call_seconds(self) -> float:
+        """How long the calls of saves have taken so far."""
+        return self._ended.call_seconds + sum(save.metrics.call_seconds for save in self._under_way)
+
+    @property
+    def door_seconds(self) -> float:
+        """How long steps of optimizers have waited so far for what saves had still to copy."""
+        return self._ended.door_seconds + sum(save.metrics.door_seconds for save in self._under_way)
+
+    @property
     def stall_seconds(self) -> float:
         """How long saving has kept the loop waiting so far: the calls, and steps of optimizers after them."""
-        last = 0.0 if self.last_save is None else self.last_save.metrics.stall_seconds
-        return self._stalled_before + last
+        return self.call_seconds + self.door_seconds
 
     def restore(self, *, all_or_nothing: bool = False) -> int:
         """Loads the newest sound checkpoint, if there is one.
@@ -150,9 +160,17 @@ class CheckpointHook:
         """Saves now, in the background."""
         metadata = None if self._metadata is None else self._metadata()
         handle = self.manager.save_async(self._state, self.current_step, metadata)
-        self._stalled_before = self.stall_seconds
+        self._count_ended()
+        self._under_way.append(handle)
         self.last_save = handle
         return handle
+
+    def _count_ended(self) -> None:
+        # No step waits any more for one that is done, so its figures are final.
+        ended = [save for save in self._under_way if save.done()]
+        self._under_way = [save for save in self._under_way if save not in ended]
+        self._ended.call_seconds += sum(save.metrics.call_seconds for save in ended)
+        self._ended.door_seconds += sum(save.metrics.door_seconds for save in ended)
 
 
 def _collect(

@@ -18,13 +18,21 @@ class Step(NamedTuple):
     losses: tuple[float, ...]
 
 
+class Clock(NamedTuple):
+    """Seconds of rank 0: in calls that save, in steps that waited for a save, of the loop, and from its first step on."""
+
+    called: float
+    waited: float
+    loop: float
+    steps: float
+
+
 class Run(NamedTuple):
-    """What a run recorded: steps by number, digest of each rank's final weights, and rank 0's seconds."""
+    """What a run recorded: steps by number, digest of each rank's final weights, and how long it took."""
 
     steps: dict[int, Step]
     weights: tuple[str, ...]
-    stalled: float
-    seconds: float
+    clock: Clock
 
 
 class Row(NamedTuple):
@@ -119,9 +127,22 @@ def verify_all(*folders: Path) -> Row:
 
 def tell_stall(b: Run, c: Run) -> Row:
     """How long the loop stood still for saving."""
-    stalled, seconds = b.stalled + c.stalled, b.seconds + c.seconds
-    found = f"{stalled:.2f} of {seconds:.1f} s, {stalled / seconds:.1%}"
-    return Row(None, "the loop of (b)+(c) stalled by saving", found)
+    called, waited, loop, _ = (sum(seconds) for seconds in zip(b.clock, c.clock, strict=True))
+    found = f"{called + waited:.2f} of {loop:.1f} s, {(called + waited) / loop:.1%}"
+    parts = f"{called:.2f} s in calls, {waited:.2f} s in steps that waited"
+    return Row(None, "the loop of (b)+(c) stalled by saving", f"{found}: {parts}")
+
+
+def tell_pace(a: Run, b: Run, c: Run) -> Row:
+    """What saving cost a step altogether, also by what it does in the background, on the same cores."""
+    saving, without = milliseconds(b, c), milliseconds(a)
+    found = f"{saving:.0f} ms, without saves {without:.0f} ms: {saving / without - 1:+.1%}"
+    return Row(None, "a step of (b)+(c) beside one of (a)", found)
+
+
+def milliseconds(*runs: Run) -> float:
+    """How long a step took on average, but for the first of each run, in which everything is made."""
+    return 1e3 * sum(run.clock.steps for run in runs) / max(1, sum(len(run.steps) - 1 for run in runs))
 
 
 def draw(steps: dict[int, Step], resumed: int | None, columns: int = 40) -> str:

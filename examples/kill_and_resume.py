@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from evidence import (
+    Clock,
     Row,
     Run,
     Step,
@@ -43,6 +44,7 @@ from evidence import (
     draw,
     list_all,
     ranks_in_words,
+    tell_pace,
     tell_stall,
     verify_all,
 )
@@ -67,8 +69,9 @@ class Size(NamedTuple):
     batch_size: int = 16
 
 
-FULL = Size(steps=160, every=10, samples=1000, extra_steps=8, tuning_steps=60)
-SHORT = Size(steps=48, every=6, samples=304, extra_steps=4, tuning_steps=36)
+FULL = Size(steps=160, every=3, samples=984, extra_steps=8, tuning_steps=60)
+SHORT = Size(steps=48, every=3, samples=304, extra_steps=4, tuning_steps=36)
+SPARE_STEPS = 12  # that a job is killed before its end, at least, so that it does not end first
 FROZEN = ("--freeze", "layers")
 
 
@@ -192,8 +195,10 @@ def read_run(record: Path, ranks: int) -> Run:
     if not steps:
         raise PhaseFailed(f"{record} tells of no step")
     weights = tuple(line["weights"] for path in paths for line in recorded(path, "weights"))
-    last = list(recorded(paths[0], "stalled"))[-1]
-    return Run(steps, weights, last["stalled"], last["seconds"])
+    timed = list(recorded(paths[0], "called"))
+    last = timed[-1]
+    in_steps = timed[len(steps) - 1]["seconds"] - timed[0]["seconds"]
+    return Run(steps, weights, Clock(last["called"], last["waited"], last["seconds"], in_steps))
 
 
 def moment_to_kill(checkpoints: Path, last: int, full: bool, chance: random.Random) -> Callable[[int], bool]:
@@ -219,7 +224,7 @@ def run_phases(folder: Path, size: Size, chance: random.Random) -> list[Row]:
     a = Job(folder, "a", 2, folder / "no-checkpoints", size.steps, never).finish(size.steps)
 
     job = Job(folder, "b", 2, checkpoints, size.steps, size)
-    b = kill(job, size.steps, moment_to_kill(checkpoints, size.steps - 2 * size.every, True, chance), chance)
+    b = kill(job, size.steps, moment_to_kill(checkpoints, size.steps - SPARE_STEPS, True, chance), chance)
     newest = list_all(checkpoints)[-1].step
     copies = {name: shutil.copytree(checkpoints, folder / f"checkpoints-{name}") for name in (1, 4, "e", "f")}
 
@@ -240,6 +245,7 @@ def run_phases(folder: Path, size: Size, chance: random.Random) -> list[Row]:
         *tuned,
         verify_all(checkpoints, copies["f"]),
         tell_stall(b, c),
+        tell_pace(a, b, c),
         Row(None, "loss of (a)", draw(a.steps, None)),
         Row(None, "loss of (b) | (c)", draw(history, resumed)),
     ]
@@ -260,7 +266,7 @@ def tune(
     """Phases (e) to (g): most of the model is frozen, so that a delta has little to write."""
     steps = newest + size.tuning_steps
     e = Job(folder, "e", 2, whole, steps, size, *FROZEN).finish(size.tuning_steps)
-    is_time = moment_to_kill(deltas, size.tuning_steps - 2 * size.every, False, chance)
+    is_time = moment_to_kill(deltas, size.tuning_steps - SPARE_STEPS, False, chance)
     kill(Job(folder, "f", 2, deltas, steps, size, *FROZEN, "--delta"), size.tuning_steps, is_time, chance)
     left = steps - list_all(deltas)[-1].step
     g = Job(folder, "g", 2, deltas, steps, size, *FROZEN, "--delta").finish(left)

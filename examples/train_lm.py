@@ -192,14 +192,13 @@ def main() -> None:
             scheduler.step()
             step += 1
             # Before the save: what a checkpoint holds is in the log, also if the next instant kills this rank.
-            log.write(
-                step=step, epoch=epoch, loss=loss.item(), samples=samples.tolist(), stalled=hook.stall_seconds
-            )
+            stalled = {"called": hook.call_seconds, "waited": hook.door_seconds}
+            log.write(step=step, epoch=epoch, loss=loss.item(), samples=samples.tolist(), **stalled)
             hook.step()
             if step == args.steps:
                 break
     manager.close()
-    log.write(step=step, weights=digest(model), stalled=hook.stall_seconds)
+    log.write(step=step, weights=digest(model), called=hook.call_seconds, waited=hook.door_seconds)
     dist.destroy_process_group()
 
 

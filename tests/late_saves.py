@@ -8,21 +8,17 @@ import pytest
 import torch
 
 import dtruntime_torch as dt
-from dtruntime_torch import _C
-from tests.checkpoint.late_jobs import LateJobs
+from tests.checkpoint.late_jobs import LateJobs, late_copies
 
 SIZE = 128
 """A weight of so many rows and columns is large enough to be late."""
 
 
 @pytest.fixture
-def jobs(monkeypatch: pytest.MonkeyPatch) -> Iterator[LateJobs]:
+def jobs() -> Iterator[LateJobs]:
     """Copies get nowhere in the background until they are released."""
-    made = LateJobs()
-    monkeypatch.setattr(_C, "CopyJob", made)
-    yield made
-    # A test that failed has not done it, and the manager waits for its save.
-    made.release()
+    with late_copies() as made:
+        yield made
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,9 @@ from torch.utils.data import DataLoader
 
 import dtruntime_torch as dt
 from dtruntime_torch.errors import CheckpointMismatch, CorruptCheckpoint, InvalidArgument
+from tests.late_saves import assert_saved, backward, copy_of, jobs, make_model
+
+__all__ = ["jobs"]
 
 
 class Average:
@@ -230,3 +235,68 @@ def test_a_save_outside_of_an_epoch_goes_on_bit_for_bit(at):
     resumed = Loop(backend)
     resumed.hook.restore()
     assert draw_epoch(resumed) == expected
+
+
+def make_late_loop(
+    folder: Path, **options: Any
+) -> tuple[dt.CheckpointHook, torch.nn.Module, torch.optim.Optimizer]:
+    """A hook that saves at each step a model that is large enough to be late."""
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    manager = dt.CheckpointManager(folder, timeout=60, **options)
+    return dt.CheckpointHook(manager, model=model, optimizer=optimizer, every_n_steps=1), model, optimizer
+
+
+def test_a_save_before_the_first_step_is_late_for_the_hook_guards_its_optimizers(tmp_path, jobs):
+    hook, model, optimizer = make_late_loop(tmp_path)
+    backward(model)
+    expected = copy_of(model.state_dict())
+    handle = hook.save()
+    asked = len(jobs.asked)
+    optimizer.step()
+    assert len(jobs.asked) > asked
+    jobs.release()
+    assert_saved(hook.manager, handle, expected)
+
+
+def test_the_first_save_of_a_loop_is_late_and_the_step_after_it_waits(tmp_path, jobs):
+    hook, model, optimizer = make_late_loop(tmp_path)
+    backward(model)
+    optimizer.step()
+    expected = copy_of(model.state_dict())
+    hook.step()
+    asked = len(jobs.asked)
+    optimizer.step()
+    assert len(jobs.asked) > asked
+    assert not torch.equal(model.get_parameter("0.weight"), expected["0.weight"])
+    jobs.release()
+    assert hook.last_save is not None
+    assert_saved(hook.manager, hook.last_save, expected)
+
+
+def test_stall_seconds_count_steps_that_waited(tmp_path, jobs):
+    hook, model, optimizer = make_late_loop(tmp_path)
+    backward(model)
+    hook.step()
+    assert hook.last_save is not None and hook.stall_seconds == hook.last_save.metrics.call_seconds
+    optimizer.step()
+    first = hook.last_save.metrics
+    assert hook.door_seconds == first.door_seconds > 0
+    jobs.release()
+    hook.step()
+    last = hook.last_save.metrics
+    assert hook.stall_seconds == pytest.approx(first.stall_seconds + last.stall_seconds)
+    hook.manager.close()
+
+
+def test_stall_seconds_count_the_steps_that_wait_while_saves_are_skipped(tmp_path, jobs):
+    hook, model, optimizer = make_late_loop(tmp_path, on_busy="skip")
+    backward(model)
+    first = hook.save()
+    skipped = hook.save()
+    optimizer.step()
+    assert skipped.done() and first.metrics.door_seconds > 0
+    assert hook.door_seconds == first.metrics.door_seconds
+    assert hook.call_seconds == first.metrics.call_seconds + skipped.metrics.call_seconds
+    jobs.release()
+    hook.manager.close()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
 
 from dtruntime_torch import _C
 from dtruntime_torch.checkpoint.specs import digest_length
@@ -33,6 +36,19 @@ class LateJobs:
         with self.changed:
             self.released = True
             self.changed.notify_all()
+
+
+@contextmanager
+def late_copies() -> Iterator[LateJobs]:
+    """In here copies get nowhere in the background until they are released."""
+    made = LateJobs()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_C, "CopyJob", made)
+        try:
+            yield made
+        finally:
+            # A test that failed has not done it, and the manager waits for its save.
+            made.release()
 
 
 class LateJob:

@@ -41,7 +41,15 @@ def write_record(folder: Path, *ranks: list[dict[str, object]]) -> Path:
 
 
 def line(step: int, *samples: int) -> dict[str, object]:
-    return {"step": step, "epoch": 0, "loss": 1.5, "samples": samples, "stalled": 0.1, "seconds": 2.0}
+    return {
+        "step": step,
+        "epoch": 0,
+        "loss": 1.5,
+        "samples": samples,
+        "called": 0.1,
+        "waited": 0.2,
+        "seconds": float(step),
+    }
 
 
 def test_equal_runs_hold(demo: ModuleType, steps: dict[int, object]) -> None:
@@ -86,7 +94,7 @@ def test_another_loss_on_one_rank_is_noticed(demo: ModuleType, steps: dict[int, 
 
 @pytest.mark.parametrize(("a", "c"), [("xx", "xy"), ("xx", "yy"), ("xx", "x"), ("", "")])
 def test_other_final_weights_are_noticed(demo: ModuleType, a: str, c: str) -> None:
-    runs = [demo.Run({}, tuple(weights), 0.0, 1.0) for weights in (a, c)]
+    runs = [demo.Run({}, tuple(weights), demo.Clock(0.0, 0.0, 1.0, 1.0)) for weights in (a, c)]
     assert demo.compare_weights(*runs).holds is False
 
 
@@ -127,3 +135,17 @@ def test_the_loss_curve_shows_where_the_run_was_resumed(demo: ModuleType) -> Non
     text = demo.draw(steps, 40)
     assert text.index("|") - text.index("█") == 20
     assert (text[:5], text[-5:]) == ("9.90 ", " 2.00")
+
+
+def test_the_stall_tells_calls_from_steps_that_waited(demo: ModuleType, tmp_path: Path) -> None:
+    run = demo.read_run(write_record(tmp_path, [line(1, 0), line(2, 2), line(3, 4)]), 1)
+    assert (
+        demo.tell_stall(run, run).found
+        == "0.60 of 6.0 s, 10.0%: 0.20 s in calls, 0.40 s in steps that waited"
+    )
+
+
+def test_the_pace_leaves_out_the_first_step_of_a_run(demo: ModuleType) -> None:
+    steps = dict.fromkeys(range(4))
+    slow, fast = (demo.Run(steps, (), demo.Clock(0.0, 0.0, 9.0, seconds)) for seconds in (0.33, 0.3))
+    assert demo.tell_pace(fast, slow, slow).found == "110 ms, without saves 100 ms: +10.0%"
