@@ -30,7 +30,7 @@ from dtruntime_torch.manager import CheckpointManager
 
 PREFIX = "dtruntime-gpucheck-"
 SHARE = 4  # of the bytes of a staging, one in as many is a parameter: optimizers and averages have their own
-MOST = 4  # times the parameters: what is saved of a trainee, at most
+MOST = 5  # times the parameters: what is saved of a trainee, at most
 
 # Rounds of computation, of some ten microseconds each: until they are done the host has enqueued what comes next, so
 # the device does that without a pause, and the copies of a save are behind the steps that follow it.

@@ -9,11 +9,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dtruntime_torch import _C
 from dtruntime_torch.checkpoint.door import DOOR
 from dtruntime_torch.gpucheck import door
 from dtruntime_torch.gpucheck.door import AHEAD, _Costs, check_door, measure_door
 from dtruntime_torch.gpucheck.findings import Check, NotRun
 from dtruntime_torch.gpucheck.loop import Loop
+from tests.checkpoint.late_jobs import LateJobs
 from tests.gpucheck.host_device import ROUND, TICK, TINY, HostBench
 
 CAPTURED = "door/the next save after a step was captured"
@@ -77,6 +79,24 @@ def test_a_call_is_measured_by_the_clock_of_the_host_and_beside_an_immediate_one
         found.metric.startswith("door/call of save_async, ") and found.peer_name == "consistency='immediate'"
     )
     assert found.ours == found.peer == pytest.approx(1e3 * TICK)
+
+
+def test_ours_returns_before_all_is_staged_and_what_it_is_measured_beside_does_not(monkeypatch):
+    staged = {}
+
+    def by_manager(manager, loop, folder):
+        def save(step):
+            handle = manager.save_async(loop.state(), step)
+            staged.setdefault(folder.name, set()).add(handle.staged())
+            return handle.result
+
+        return save
+
+    monkeypatch.setattr(door, "by_manager", by_manager)
+    # Nothing late is copied but by the step that follows each save.
+    monkeypatch.setattr(_C, "CopyJob", LateJobs())
+    list(measure_door(HostBench(), TINY))
+    assert staged == {"late": {False}, "immediate": {True}}
 
 
 def test_a_step_is_measured_with_what_a_save_has_the_device_do_and_without_the_start_of_the_host():
