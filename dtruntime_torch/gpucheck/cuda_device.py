@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint.staging import AsyncStager, DefaultStager
@@ -16,6 +17,7 @@ from dtruntime_torch.checkpoint.staging.device import Device, cuda_device
 from dtruntime_torch.checkpoint.staging.stager import Stager
 from dtruntime_torch.gpucheck.device import Moment
 from dtruntime_torch.gpucheck.machine import nvidia_driver
+from dtruntime_torch.manager import CheckpointManager
 
 COMPUTE_WIDTH = 2048
 
@@ -125,6 +127,9 @@ class CudaBench:
 
     def staging_device(self) -> Device:
         return cuda_device(self.index)
+
+    def manager(self, folder: Path) -> AbstractContextManager[CheckpointManager]:
+        return CheckpointManager(folder, keep_last_n=1)
 
     def digest(self, tensor: torch.Tensor, chunk_bytes: int) -> torch.Tensor:
         digests: torch.Tensor = torch.ops.dtruntime.digest(tensor, chunk_bytes)

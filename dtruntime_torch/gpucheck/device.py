@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Protocol, TypeAlias
 
 import torch
@@ -17,6 +18,7 @@ from dtruntime_torch import _C
 from dtruntime_torch.checkpoint.staging.chunk_table import Place
 from dtruntime_torch.checkpoint.staging.device import Device
 from dtruntime_torch.checkpoint.staging.stager import Stager
+from dtruntime_torch.manager import CheckpointManager
 
 # A moment of a stream: whatever the device makes of it.
 Moment: TypeAlias = object
@@ -72,6 +74,12 @@ class Bench(Place, Protocol):
 
     def staging_device(self) -> Device:
         """What such a stager copies with: for one that is made otherwise."""
+
+    def manager(self, folder: Path) -> AbstractContextManager[CheckpointManager]:
+        """One that keeps the newest checkpoint only, and notices each tear of what it copies late.
+
+        What is late may stay so until it is waited for, or until `synchronize` is called.
+        """
 
     def digest(self, tensor: torch.Tensor, chunk_bytes: int) -> torch.Tensor:
         """`torch.ops.dtruntime.digest`."""

@@ -14,6 +14,7 @@ from dtruntime_torch.gpucheck.cuda_device import CudaBench, what_is_missing
 from dtruntime_torch.gpucheck.deltas import check_deltas, measure_deltas
 from dtruntime_torch.gpucheck.device import Bench
 from dtruntime_torch.gpucheck.digests import check_digests
+from dtruntime_torch.gpucheck.door import check_door, measure_door
 from dtruntime_torch.gpucheck.findings import Check, Finding
 from dtruntime_torch.gpucheck.gather import measure_gather
 from dtruntime_torch.gpucheck.machine import describe_machine
@@ -34,11 +35,13 @@ SECTIONS: tuple[Section, ...] = (
     check_staging,
     check_tears,
     check_deltas,
+    check_door,
     check_overlap,
     measure_digest,
     measure_staging,
     measure_deltas,
     measure_gather,
+    measure_door,
     measure_training,
 )
 ALL_HOLD, SOMETHING_FAILED, NO_GPU = 0, 1, 2

@@ -46,7 +46,10 @@ def by_stager(bench: Bench, loop: Loop) -> Save:
 
 
 def by_manager(manager: CheckpointManager, loop: Loop, folder: Path) -> Save:
-    """As users save."""
+    """As users save: what the optimizer owns is copied late, and its next step waits at the door.
+
+    What is saved is removed behind the manager's back, so it keeps all that it knows of: `keep_last_n=None`.
+    """
 
     def save(step: int) -> Callable[[], object]:
         handle = manager.save_async(loop.state(), step)

@@ -21,7 +21,7 @@ class Sizes:
         changed_chunks: how many chunks are compared with known digests.
         staging_bytes: staged in a round, about.
         staging_rounds: how often, while the sources are overwritten.
-        training_rounds: how often the state of a training loop is staged while it trains.
+        training_rounds: how often the state of a training loop is staged, or saved, while it trains.
         copied_bytes: of the copies beside computation, and of the staging that is measured.
         pieces: of 64 KiB, of which every second is gathered: how many are.
         measured_bytes: of the memory whose digests are measured; a size that the device has no room for is left out.

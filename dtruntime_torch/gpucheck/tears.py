@@ -11,7 +11,7 @@ import torch
 from dtruntime_torch import _C
 from dtruntime_torch.checkpoint.staging.device import Device, as_bytes
 from dtruntime_torch.checkpoint.staging.stager import Stager, Staging
-from dtruntime_torch.errors import SaveFailed
+from dtruntime_torch.errors import SaveFailed, TornSnapshot
 from dtruntime_torch.gpucheck.comparison import in_turns, medians
 from dtruntime_torch.gpucheck.device import Bench, on_host, random_bytes
 from dtruntime_torch.gpucheck.findings import Check, same_digests
@@ -105,11 +105,18 @@ def behind_the_guard(bench: Bench, tensors: Tensors, number: int) -> Check:
     stager = Stager(tensors.arena, CHUNK_BYTES, find_device=lambda tensor: device)
     try:
         tensors.start(stager).wait(TIMEOUT)
-        said = "nothing was noticed"
+        tear, said = None, "nothing was noticed"
     except SaveFailed as failure:
-        said = str(failure)
-    named = said.startswith(f"{name} did not arrive from {bench.torch_device} ")
+        tear, said = tear_in(failure), str(failure)
+    named = tear is not None and str(tear).startswith(f"{name} did not arrive from {bench.torch_device} ")
     return Check(f"tear/{name} overwritten behind the guard", named, said)
+
+
+def tear_in(error: BaseException | None) -> TornSnapshot | None:
+    """The tear that is behind a failed save, if it is one."""
+    while error is not None and not isinstance(error, TornSnapshot):
+        error = error.__cause__
+    return error
 
 
 def early_before_late(bench: Bench, sizes: Sizes) -> Check:

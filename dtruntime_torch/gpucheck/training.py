@@ -64,7 +64,7 @@ def _in_windows(
 ) -> dict[str, list[float]]:
     """Seconds of the windows of each way to save."""
     with ExitStack() as stack:
-        manager = stack.enter_context(CheckpointManager(folder / "ours"))
+        manager = stack.enter_context(CheckpointManager(folder / "ours", keep_last_n=None))
         manager.prepare(loop.state())
         saves = {
             "none": no_save,

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+from contextlib import contextmanager
+from unittest import mock
 
 import torch
 
 from dtruntime_torch import _C
+from dtruntime_torch.checkpoint.door import OwnedMemory
+from dtruntime_torch.checkpoint.staging.capture import NOTHING_LATE, Capture
+from dtruntime_torch.checkpoint.staging.lateness import Lateness
 from dtruntime_torch.checkpoint.staging.stager import Stager
-from tests.gpucheck.host_device import StagingSide
+from dtruntime_torch.errors import SaveFailed
+from dtruntime_torch.manager import CheckpointManager
+from tests.gpucheck.host_device import Passed, StagingSide
 
 
 class OneBit:
@@ -107,6 +114,20 @@ def a_device_that_does_not_digest_at_the_call(bench):
             return False
 
     bench.staging_device = lambda: Blind(bench)
+
+
+def a_device_that_fails_in_the_words_of_a_tear(bench):
+    class Failing(Passed):
+        def query(self):
+            raise SaveFailed("tensor 0 did not arrive from cpu as it was sent")
+
+        synchronize = query
+
+    class Broken(StagingSide):
+        def record(self):
+            return Failing(super().record().time)
+
+    bench.staging_device = lambda: Broken(bench)
 
 
 def a_stager_that_takes_late_ones_first(bench):
@@ -210,3 +231,59 @@ def a_copy_that_waits_its_turn_on_the_side(bench):
             copy(target, source)
 
     bench.copy = slow
+
+
+def in_its_managers(bench, owner, name, value):
+    """What a class does while there is a manager of the bench."""
+    manager = bench.manager
+
+    @contextmanager
+    def faulty(folder):
+        with mock.patch.object(owner, name, value), manager(folder) as made:
+            yield made
+
+    bench.manager = faulty
+
+
+def a_door_that_does_not_hold(bench):
+    in_its_managers(bench, Capture, "before_step", lambda self, storages: None)
+
+
+def a_save_that_does_not_take_what_is_early(bench):
+    in_its_managers(bench, Capture, "take_early", lambda self, timeout: self._staging.release())
+
+
+def a_save_that_takes_all_for_what_optimizers_own(bench):
+    in_its_managers(bench, OwnedMemory, "__contains__", lambda self, tensor: True)
+
+
+def a_save_that_is_never_late(bench):
+    in_its_managers(bench, Lateness, "choose_late", lambda self, tensors: NOTHING_LATE)
+
+
+def a_save_that_does_not_look_for_tears(bench):
+    manager = bench.manager
+    bench.manager = lambda folder: manager(folder, paranoid=False)
+
+
+def a_manager_that_forgets_tears(bench):
+    in_its_managers(bench, Lateness, "give_up", lambda self, why: None)
+
+
+def what_is_loaded(bench, change):
+    load = CheckpointManager.load_checkpoint
+
+    def loads_otherwise(self, **options):
+        state = load(self, **options)
+        change(state)
+        return state
+
+    in_its_managers(bench, CheckpointManager, "load_checkpoint", loads_otherwise)
+
+
+def a_value_that_is_loaded_as_another(bench):
+    what_is_loaded(bench, lambda state: "scaler" in state and state["scaler"].update(scale=3.0))
+
+
+def a_tensor_that_is_not_loaded(bench):
+    what_is_loaded(bench, lambda state: state["model"].popitem())

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from unittest import mock
 
 import torch
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
@@ -18,6 +20,8 @@ from dtruntime_torch.checkpoint.staging.device import Event, as_bytes
 from dtruntime_torch.checkpoint.staging.stager import Stager
 from dtruntime_torch.gpucheck.device import Moment
 from dtruntime_torch.gpucheck.sizes import KIB, Sizes
+from dtruntime_torch.manager import CheckpointManager
+from tests.checkpoint.late_jobs import LateJob, LateJobs
 from tests.gpucheck.host_native import HostNative
 
 # GB/s of the reckoned device: a digest reaches 0.95 of a read.
@@ -68,6 +72,7 @@ class HostBench:
         self._now = {"main": 0.0, "side": 0.0, "stager": 0.0}
         self._current = "main"
         self._looks = 0
+        self._copies = DeviceTime()
         self.native = HostNative(lambda what, nbytes: self._spend(nbytes / SPEED[what] / 1e9), 3, self.stream)
 
     def describe(self) -> dict[str, object]:
@@ -106,6 +111,7 @@ class HostBench:
 
     def synchronize(self) -> None:
         self._now = dict.fromkeys(self._now, max(self._now.values()))
+        self._copies.release()
 
     def clock(self) -> float:
         self._looks += 1
@@ -119,6 +125,18 @@ class HostBench:
 
     def staging_device(self) -> StagingSide:
         return StagingSide(self)
+
+    @contextmanager
+    def manager(self, folder: Path, paranoid: bool = True) -> Iterator[CheckpointManager]:
+        with (
+            mock.patch.object(_C, "CopyJob", self._copies),
+            CheckpointManager(folder, keep_last_n=1, paranoid=paranoid) as made,
+        ):
+            try:
+                yield made
+            finally:
+                # Closing waits for a save that is still under way.
+                self._copies.release()
 
     def digest(self, tensor: torch.Tensor, chunk_bytes: int) -> torch.Tensor:
         self._spend(tensor.nbytes / SPEED["digest"] / 1e9)
@@ -146,6 +164,14 @@ class HostBench:
     def _spend(self, seconds: float) -> None:
         for stream in [self._current] if self.overlaps else list(self._now):
             self._now[stream] += seconds
+
+
+class DeviceTime(LateJobs):
+    """The copies of a save are as late as they may be on a device: until `synchronize`, if no step asks for them."""
+
+    def __call__(self, *arguments: object, hold: bool = False) -> LateJob:
+        self.released = False
+        return super().__call__(*arguments, hold=hold)
 
 
 class StagingSide:

@@ -89,3 +89,11 @@ def test_all_else_fits_the_signatures_too(cuda):
     cuda.Event.assert_called_once_with(enable_timing=True)
     bench.synchronize()
     cuda.synchronize.assert_called_once_with(0)
+
+
+def test_its_managers_keep_the_newest_checkpoint_only(tmp_path):
+    # Where there is no GPU the bench itself cannot be made.
+    with cuda_device.CudaBench.manager(None, tmp_path) as manager:
+        for step in (1, 2):
+            manager.save({"weight": torch.zeros(3)}, step)
+        assert [info.step for info in manager.list()] == [2]

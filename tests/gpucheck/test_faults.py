@@ -11,6 +11,7 @@ from dtruntime_torch.gpucheck import run
 from dtruntime_torch.gpucheck.changes import check_changes
 from dtruntime_torch.gpucheck.deltas import check_deltas, measure_deltas
 from dtruntime_torch.gpucheck.digests import check_digests
+from dtruntime_torch.gpucheck.door import check_door
 from dtruntime_torch.gpucheck.overlap import check_overlap
 from dtruntime_torch.gpucheck.staging import check_staging
 from dtruntime_torch.gpucheck.streams import check_streams, on_another_device
@@ -44,6 +45,7 @@ FAULTS = [
     (faults.a_staging_with_wrong_digests, check_tears, "tear/digests of the device"),
     (faults.a_device_that_does_not_digest_at_the_call, check_tears, "tear/tensor 0 overwritten behind"),
     (faults.a_device_that_does_not_digest_at_the_call, check_tears, "tear/tensor 4 overwritten behind"),
+    (faults.a_device_that_fails_in_the_words_of_a_tear, check_tears, "tear/tensor 0 overwritten behind"),
     (faults.a_torn_staging, check_tears, "tear/4 rounds of early and late ones"),
     (faults.a_staging_with_wrong_digests, check_tears, "tear/4 rounds of early and late ones"),
     (faults.a_stager_that_takes_late_ones_first, check_tears, "tear/early ones are not held by late ones"),
@@ -56,6 +58,18 @@ FAULTS = [
     (faults.a_staging_with_wrong_digests, check_deltas, "delta staging/4 rounds while overwritten"),
     (faults.a_change_that_is_not_seen, measure_deltas, "measure_deltas runs to its end"),
     (faults.a_stager_that_copies_all, measure_deltas, "delta staging/bytes with 50% changed"),
+    (faults.a_door_that_does_not_hold, check_door, "door/AdamW foreach"),
+    (faults.a_door_that_does_not_hold, check_door, "door/AdamW fused"),
+    (faults.a_door_that_does_not_hold, check_door, "door/SGD with momentum"),
+    (faults.a_door_that_does_not_hold, check_door, "door/an optimizer for each parameter"),
+    (faults.a_door_that_does_not_hold, check_door, "door/a scaled loss"),
+    (faults.a_save_that_does_not_take_what_is_early, check_door, "door/an average and a buffer"),
+    (faults.a_save_that_takes_all_for_what_optimizers_own, check_door, "door/an average and a buffer"),
+    (faults.a_value_that_is_loaded_as_another, check_door, "door/a scaled loss"),
+    (faults.a_tensor_that_is_not_loaded, check_door, "door/AdamW foreach"),
+    (faults.a_save_that_is_never_late, check_door, "door/AdamW foreach"),
+    (faults.a_save_that_does_not_look_for_tears, check_door, "door/overwritten behind it"),
+    (faults.a_manager_that_forgets_tears, check_door, "door/the next save after a tear"),
     (faults.streams_that_wait_for_each_other, check_overlap, "overlap/copies"),
     (faults.streams_that_wait_for_each_other, check_overlap, "overlap/staging"),
     (faults.a_copy_that_waits_its_turn_on_the_side, check_overlap, "overlap/copies"),
@@ -64,6 +78,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:saves now wait until all is staged")
 @pytest.mark.parametrize(("plant", "section", "name"), FAULTS)
 def test_a_planted_fault_is_found_and_ends_with_1(plant, section, name, monkeypatch, tmp_path, capsys):
     bench = HostBench()

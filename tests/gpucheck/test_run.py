@@ -56,11 +56,14 @@ def test_the_report_has_every_check_and_metric(whole_run):
     names = [check["name"].partition("/")[0] for check in report["checks"]]
     assert set(names) == {
         *("digest", "copy", "side stream", "other device", "graph", "changes", "staging", "tear", "overlap"),
-        "delta staging",
+        *("delta staging", "door"),
     }
-    assert report["not_run"] == []
+    assert [left_out["name"] for left_out in report["not_run"]] == [
+        "door/AdamW capturable",
+        "door/the next save after a step was captured",
+    ]
     assert {metric["metric"].partition("/")[0] for metric in report["metrics"]} == {
-        *("digest", "digest op", "copy with digest", "staging", "step"),
+        *("digest", "digest op", "copy with digest", "staging", "step", "door"),
         *("gather to the device and one copy", "gather to pinned memory"),
         *("delta staging, sources held", "delta staging, until digested"),
     }

@@ -68,6 +68,13 @@ def test_each_way_to_save_is_run_and_cleans_up(folder, room):
     assert list(folder.glob("dtruntime*")) == []
 
 
+def test_the_manager_cleans_up_nothing_itself(room, caplog):
+    """What was saved is removed behind its back, of which it would complain."""
+    room(shared=0, other=1 << 40)
+    list(measure_training(HostBench(), replace(TINY, windows=4)))
+    assert [record for record in caplog.records if record.name.startswith("dtruntime")] == []
+
+
 def test_where_a_checkpoint_has_no_room_nothing_is_written(folder, room, loop):
     room(shared=1 << 40, other=loop.nbytes)
     (found,) = measure_training(HostBench(), TINY)
