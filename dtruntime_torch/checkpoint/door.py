@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]  # not in its __all__
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from dtruntime_torch.checkpoint.state.local_shard import local_part
 from dtruntime_torch.checkpoint.state.wrappers import innermost
@@ -78,6 +78,11 @@ class OwnedMemory:
         """Addresses of the storages that it lies in."""
         return self._stops.keys()
 
+    def leave_out(self, other: OwnedMemory) -> None:
+        """Takes all storages away in which other memory lies."""
+        for storage in other.storages:
+            self._stops.pop(storage, None)
+
 
 class Door:
     """In front of the optimizers of a process; `DOOR` is the one there is. Its methods may be called from any thread.
@@ -91,6 +96,8 @@ class Door:
         self._stands = False
         self._lock = threading.Lock()
         self._known: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        # Those that have come by and not gone on yet: what they own changes without another question.
+        self._inside: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._readers: tuple[Reader, ...] = ()
         os.register_at_fork(after_in_child=self._forget)
 
@@ -99,6 +106,7 @@ class Door:
         with self._lock:
             if not self._stands:
                 register_optimizer_step_pre_hook(self._hook)
+                register_optimizer_step_post_hook(self._hook_behind)
                 self._stands = True
 
     def trust(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
@@ -107,10 +115,18 @@ class Door:
             self._known.update(optimizers)
 
     def owned(self) -> OwnedMemory:
-        """The memory of the optimizers that have come by here, as it is now."""
+        """The memory of the optimizers that have come by here, as it is now, but for what a step changes right now."""
         with self._lock:
             known = list(self._known)
-        return OwnedMemory(known)
+        memory = OwnedMemory(known)
+        memory.leave_out(self.changing())
+        return memory
+
+    def changing(self) -> OwnedMemory:
+        """The memory of the optimizers that are in the middle of a step, and may have called back: a closure, a hook."""
+        with self._lock:
+            inside = list(self._inside)
+        return OwnedMemory(inside)
 
     def hold(self, reader: Reader) -> None:
         """Asks a reader before each step, until `let_go`."""
@@ -125,6 +141,9 @@ class Door:
     def _hook(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         _pass(self, optimizer)
 
+    def _hook_behind(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        _leave(self, optimizer)
+
     def _come_by(self, optimizer: torch.optim.Optimizer) -> None:
         with self._lock:
             self._known.add(optimizer)
@@ -136,6 +155,13 @@ class Door:
             storages = None if alone else OwnedMemory([optimizer]).storages
             for reader in readers:
                 reader.before_step(storages)
+        with self._lock:
+            self._inside.add(optimizer)
+
+    def _go_on(self, optimizer: torch.optim.Optimizer) -> None:
+        # One whose step raised stays inside until its next has ended, which costs lateness and nothing else.
+        with self._lock:
+            self._inside.discard(optimizer)
 
     def _forget(self) -> None:
         """In a forked child: nothing is read here."""
@@ -146,6 +172,11 @@ class Door:
 @torch.compiler.disable(reason=_COMPILED)  # type: ignore[no-untyped-call, untyped-decorator]
 def _pass(door: Door, optimizer: torch.optim.Optimizer) -> None:
     door._come_by(optimizer)
+
+
+@torch.compiler.disable(reason=_COMPILED)  # type: ignore[no-untyped-call, untyped-decorator]
+def _leave(door: Door, optimizer: torch.optim.Optimizer) -> None:
+    door._go_on(optimizer)
 
 
 def storage_of(tensor: torch.Tensor) -> int:

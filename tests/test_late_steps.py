@@ -1,0 +1,106 @@
+"""Late saves and optimizers that are used in unusual ways: no step changes what a save still has to read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dtruntime_torch as dt
+from tests.checkpoint.late_jobs import LateJobs
+from tests.late_saves import assert_saved, backward, copy_of, jobs, make_model, manager
+
+__all__ = ["jobs", "manager"]
+
+
+def fused(parameters: object) -> torch.optim.Optimizer:
+    """Its steps change memory without torch counting that."""
+    return torch.optim.AdamW(parameters, fused=True)  # type: ignore[arg-type]
+
+
+def trained() -> tuple[torch.nn.Sequential, torch.optim.Optimizer]:
+    """A model whose optimizer has stepped."""
+    model = make_model()
+    optimizer = fused(model.parameters())
+    backward(model)
+    optimizer.step()
+    return model, optimizer
+
+
+class SaveOnce:
+    """Saves when it is called first, as a hook or a closure of a step."""
+
+    def __init__(self, manager: dt.CheckpointManager, model: torch.nn.Module) -> None:
+        self.manager = manager
+        self.model = model
+        self.handle: dt.SaveHandle | None = None
+        self.expected: dict[str, torch.Tensor] = {}
+
+    def __call__(self, *_: object) -> None:
+        if self.handle is None:
+            self.expected = copy_of(self.model.state_dict())
+            self.handle = self.manager.save_async({"model": self.model}, 1)
+
+    def assert_saved(self) -> None:
+        assert self.handle is not None
+        assert any(not torch.equal(now, self.expected[key]) for key, now in self.model.state_dict().items())
+        assert_saved(self.manager, self.handle, self.expected)
+
+
+def test_a_save_from_a_hook_in_front_of_a_step_holds_what_was_there_before(manager, jobs):
+    model, optimizer = trained()
+    save = SaveOnce(manager, model)
+    optimizer.register_step_pre_hook(save)
+    optimizer.step()
+    jobs.release()
+    save.assert_saved()
+
+
+@pytest.mark.parametrize("make", [fused, torch.optim.LBFGS])
+def test_a_save_from_a_closure_holds_what_was_there_before(make, manager, jobs):
+    model, _ = trained()
+    optimizer = make(model.parameters())
+    save = SaveOnce(manager, model)
+
+    def closure() -> torch.Tensor:
+        backward(model)
+        save()
+        return torch.tensor(1.0)
+
+    optimizer.step(closure)
+    jobs.release()
+    save.assert_saved()
+
+
+def test_what_is_deferred_is_not_late_in_the_middle_of_a_step_that_changes_it(manager, jobs):
+    model, optimizer = trained()
+    manager.defer(model.parameters())
+    save = SaveOnce(manager, model)
+    optimizer.register_step_pre_hook(save)
+    optimizer.step()
+    jobs.release()
+    save.assert_saved()
+
+
+def count_early(manager: dt.CheckpointManager, jobs: LateJobs, model: torch.nn.Module, step: int = 1) -> int:
+    """Begins a save; says how many of its tensors were copied before the call returned."""
+    asked = len(jobs.asked)
+    manager.save_async({"model": model}, step)
+    return len(jobs.asked) - asked
+
+
+def test_after_a_step_what_it_changed_is_late_again(manager, jobs):
+    model, optimizer = trained()
+    optimizer.step()
+    assert count_early(manager, jobs, model) == 1, "only the bias is small"
+
+
+def test_after_a_step_that_raised_the_next_makes_late_again_what_it_changes(manager, jobs):
+    model, optimizer = trained()
+
+    def closure() -> float:
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        optimizer.step(closure)
+    optimizer.step()
+    assert count_early(manager, jobs, model) == 1
