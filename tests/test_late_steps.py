@@ -104,3 +104,15 @@ def test_after_a_step_that_raised_the_next_makes_late_again_what_it_changes(mana
         optimizer.step(closure)
     optimizer.step()
     assert count_early(manager, jobs, model) == 1
+
+
+def test_a_step_through_a_transposed_view_of_a_weight_waits(manager, jobs):
+    model, _ = trained()
+    view = torch.nn.Parameter(model[0].weight.data.t())
+    view.grad = torch.ones_like(view)
+    optimizer = fused([view])
+    expected = copy_of(model.state_dict())
+    handle = manager.save_async({"model": model}, 1)
+    optimizer.step()
+    jobs.release()
+    assert_saved(manager, handle, expected)

@@ -48,19 +48,19 @@ class OwnedMemory:
     """
 
     def __init__(self, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
-        self._stops: dict[int, dict[int, int]] = (
-            {}
-        )  # address of a storage -> first byte of a tensor in it -> behind its last
+        # address of a storage -> first byte of a tensor in it -> behind its last
+        self._stops: dict[int, dict[int, int]] = {}
         for optimizer in optimizers:
             for tensor in _tensors_of(optimizer):
                 self.add(tensor)
 
     def add(self, tensor: torch.Tensor) -> None:
-        """Adds the memory of a tensor, if it is on this rank, in one piece."""
+        """Adds the memory of a tensor, if it is on this rank. Where that is in several pieces, only its storage is known."""
         for part in parts_of(tensor):
-            start = part.data_ptr()
             stops = self._stops.setdefault(storage_of(part), {})
-            stops[start] = max(stops.get(start, 0), start + part.nbytes)
+            if part.is_contiguous():
+                start = part.data_ptr()
+                stops[start] = max(stops.get(start, 0), start + part.nbytes)
 
     def __contains__(self, tensor: torch.Tensor) -> bool:
         """Whether all bytes of a plain contiguous tensor belong to one tensor of an optimizer."""
@@ -195,9 +195,9 @@ def _tensors_of(optimizer: Any) -> Iterator[torch.Tensor]:
 
 
 def parts_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The plain tensors in a tensor that have memory on this rank in one piece."""
+    """The plain tensors in a tensor that have memory on this rank."""
     for part in _plain_parts(tensor):
-        if part.layout is torch.strided and not part.is_meta and part.is_contiguous() and part.nbytes:
+        if part.layout is torch.strided and not part.is_meta and part.nbytes:
             yield part
 
 
