@@ -116,3 +116,36 @@ def test_a_step_through_a_transposed_view_of_a_weight_waits(manager, jobs):
     optimizer.step()
     jobs.release()
     assert_saved(manager, handle, expected)
+
+
+def test_a_step_waits_for_what_is_deferred_and_owned(manager, jobs):
+    model, optimizer = trained()
+    manager.defer(model.parameters())
+    expected = copy_of(model.state_dict())
+    handle = manager.save_async({"model": model}, 1)
+    optimizer.step()
+    jobs.release()
+    assert_saved(manager, handle, expected)
+
+
+def test_a_step_of_an_optimizer_that_was_never_seen_waits_for_what_is_deferred(manager, jobs):
+    model = make_model()
+    manager.defer(model.parameters())
+    backward(model)
+    expected = copy_of(model.state_dict())
+    handle = manager.save_async({"model": model}, 1)
+    fused(model.parameters()).step()
+    jobs.release()
+    assert_saved(manager, handle, expected)
+
+
+def test_a_step_does_not_wait_for_what_is_deferred_and_no_optimizer_owns(manager, jobs):
+    model, optimizer = trained()
+    average = make_model()
+    manager.defer(average.parameters())
+    handle = manager.save_async({"average": average}, 1)
+    asked = len(jobs.asked)
+    optimizer.step()
+    assert len(jobs.asked) == asked
+    jobs.release()
+    handle.result(60)

@@ -29,6 +29,10 @@ _PLAIN = (torch.nn.Parameter, torch.Tensor)
 class Reader(Protocol):
     """Who still reads memory of optimizers."""
 
+    @property
+    def reads_others(self) -> bool:
+        """Whether it also reads what no optimizer was known to own when it began, which a step may change all the same."""
+
     def before_step(self, storages: Collection[int] | None) -> None:
         """Returns when a step may change memory, and raises nothing.
 
@@ -151,7 +155,8 @@ class Door:
         if _is_capturing():
             self.bypassed = True
         if readers:
-            # What a single optimizer does not own nobody waits for here, so there is nothing to be looked up.
+            # Of a single optimizer is all that is read, as a rule, so there is nothing to be looked up.
+            alone = alone and not any(reader.reads_others for reader in readers)
             storages = None if alone else OwnedMemory([optimizer]).storages
             for reader in readers:
                 reader.before_step(storages)
