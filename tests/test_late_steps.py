@@ -140,7 +140,7 @@ def test_a_step_of_an_optimizer_that_was_never_seen_waits_for_what_is_deferred(m
 
 
 def test_a_step_does_not_wait_for_what_is_deferred_and_no_optimizer_owns(manager, jobs):
-    model, optimizer = trained()
+    _, optimizer = trained()
     average = make_model()
     manager.defer(average.parameters())
     handle = manager.save_async({"average": average}, 1)
@@ -149,3 +149,48 @@ def test_a_step_does_not_wait_for_what_is_deferred_and_no_optimizer_owns(manager
     assert len(jobs.asked) == asked
     jobs.release()
     handle.result(60)
+
+
+class AllEqual(torch.optim.AdamW):
+    """An optimizer that is a value: it has no hash."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AllEqual)
+
+
+def test_steps_of_optimizers_that_compare_equal_and_have_no_hash_wait(manager, jobs):
+    models = torch.nn.ModuleList([make_model(seed=1), make_model(seed=2)])
+    optimizers = [AllEqual(model.parameters(), fused=True) for model in models]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        backward(model)
+        optimizer.step()
+    expected = copy_of(models.state_dict())
+    handle = manager.save_async({"model": models}, 1)
+    for optimizer in optimizers:
+        optimizer.step()
+    jobs.release()
+    assert_saved(manager, handle, expected)
+
+
+class Elsewhere(torch.optim.SGD):
+    """An optimizer whose state is no mapping."""
+
+    def __init__(self, parameters: object) -> None:
+        super().__init__(parameters, lr=0.1)  # type: ignore[arg-type]
+        self.state = [torch.zeros(3)]  # type: ignore[assignment]
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.sub_(1)
+
+
+def test_an_optimizer_whose_state_is_no_mapping_steps_and_waits(manager, jobs):
+    model, _ = trained()
+    optimizer = Elsewhere(model.parameters())
+    optimizer.step()
+    expected = copy_of(model.state_dict())
+    handle = manager.save_async({"model": model}, 1)
+    optimizer.step()
+    jobs.release()
+    assert_saved(manager, handle, expected)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -99,9 +99,10 @@ class Door:
         self.bypassed = False
         self._stands = False
         self._lock = threading.Lock()
-        self._known: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        # By id, for an optimizer may compare equal to another, or have no hash.
+        self._known: weakref.WeakValueDictionary[int, torch.optim.Optimizer] = weakref.WeakValueDictionary()
         # Those that have come by and not gone on yet: what they own changes without another question.
-        self._inside: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._inside: weakref.WeakValueDictionary[int, torch.optim.Optimizer] = weakref.WeakValueDictionary()
         self._readers: tuple[Reader, ...] = ()
         os.register_at_fork(after_in_child=self._forget)
 
@@ -116,12 +117,12 @@ class Door:
     def trust(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         """Takes these for optimizers that will come by here, before they have done so."""
         with self._lock:
-            self._known.update(optimizers)
+            self._known.update((id(one), one) for one in optimizers)
 
     def owned(self) -> OwnedMemory:
         """The memory of the optimizers that have come by here, as it is now, but for what a step changes right now."""
         with self._lock:
-            known = list(self._known)
+            known = list(self._known.values())
         memory = OwnedMemory(known)
         memory.leave_out(self.changing())
         return memory
@@ -129,7 +130,7 @@ class Door:
     def changing(self) -> OwnedMemory:
         """The memory of the optimizers that are in the middle of a step, and may have called back: a closure, a hook."""
         with self._lock:
-            inside = list(self._inside)
+            inside = list(self._inside.values())
         return OwnedMemory(inside)
 
     def hold(self, reader: Reader) -> None:
@@ -150,7 +151,7 @@ class Door:
 
     def _come_by(self, optimizer: torch.optim.Optimizer) -> None:
         with self._lock:
-            self._known.add(optimizer)
+            self._known[id(optimizer)] = optimizer
             alone, readers = len(self._known) == 1, self._readers
         if _is_capturing():
             self.bypassed = True
@@ -161,12 +162,12 @@ class Door:
             for reader in readers:
                 reader.before_step(storages)
         with self._lock:
-            self._inside.add(optimizer)
+            self._inside[id(optimizer)] = optimizer
 
     def _go_on(self, optimizer: torch.optim.Optimizer) -> None:
         # One whose step raised stays inside until its next has ended, which costs lateness and nothing else.
         with self._lock:
-            self._inside.discard(optimizer)
+            self._inside.pop(id(optimizer), None)
 
     def _forget(self) -> None:
         """In a forked child: nothing is read here."""
@@ -191,10 +192,11 @@ def storage_of(tensor: torch.Tensor) -> int:
 
 def _tensors_of(optimizer: Any) -> Iterator[torch.Tensor]:
     """Its parameters, and the tensors that its state has for each of them at once."""
+    state = optimizer.state if isinstance(optimizer.state, Mapping) else {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             yield parameter
-            entry = optimizer.state.get(parameter)
+            entry = state.get(parameter)
             if isinstance(entry, dict):
                 yield from (value for value in entry.values() if isinstance(value, torch.Tensor))
 
