@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 import pytest
 import torch
 
 import dtruntime_torch as dt
+from dtruntime_torch.checkpoint.door import DOOR
 from tests.checkpoint.late_jobs import LateJobs
 from tests.late_saves import assert_saved, backward, copy_of, jobs, make_model, manager
 
@@ -194,3 +199,33 @@ def test_an_optimizer_whose_state_is_no_mapping_steps_and_waits(manager, jobs):
     optimizer.step()
     jobs.release()
     assert_saved(manager, handle, expected)
+
+
+class Interrupted:
+    """A lock that is interrupted by a signal, as it were, when it has been taken."""
+
+    def __init__(self, lock: AbstractContextManager[object], handler: Callable[[], object]) -> None:
+        self.lock = lock
+        self.handler: Callable[[], object] | None = handler
+
+    def __enter__(self) -> None:
+        self.lock.__enter__()
+        handler, self.handler = self.handler, None
+        if handler is not None:
+            handler()
+
+    def __exit__(self, *error: object) -> None:
+        self.lock.__exit__(*error)  # type: ignore[arg-type]
+
+
+def test_a_signal_handler_that_interrupts_a_step_at_the_door_may_save(manager, jobs, monkeypatch):
+    model, optimizer = trained()
+    save = SaveOnce(manager, model)
+    monkeypatch.setattr(DOOR, "_lock", Interrupted(DOOR._lock, save))
+    # A thread that hangs does not keep the test from failing.
+    step = threading.Thread(target=optimizer.step, daemon=True)
+    step.start()
+    step.join(60)
+    assert not step.is_alive()
+    jobs.release()
+    save.assert_saved()

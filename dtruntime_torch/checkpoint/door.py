@@ -98,12 +98,14 @@ class Door:
     def __init__(self) -> None:
         self.bypassed = False
         self._stands = False
-        self._lock = threading.Lock()
+        # A signal handler that saves may interrupt its own thread in here. What it adds meanwhile is not lost, for one
+        # operation of a dict adds it.
+        self._lock = threading.RLock()
         # By id, for an optimizer may compare equal to another, or have no hash.
         self._known: weakref.WeakValueDictionary[int, torch.optim.Optimizer] = weakref.WeakValueDictionary()
         # Those that have come by and not gone on yet: what they own changes without another question.
         self._inside: weakref.WeakValueDictionary[int, torch.optim.Optimizer] = weakref.WeakValueDictionary()
-        self._readers: tuple[Reader, ...] = ()
+        self._readers: dict[int, Reader] = {}
         os.register_at_fork(after_in_child=self._forget)
 
     def stand(self) -> None:
@@ -136,12 +138,12 @@ class Door:
     def hold(self, reader: Reader) -> None:
         """Asks a reader before each step, until `let_go`."""
         with self._lock:
-            self._readers = (*self._readers, reader)
+            self._readers[id(reader)] = reader
 
     def let_go(self, reader: Reader) -> None:
         """Asks it no more; does nothing if it is not held."""
         with self._lock:
-            self._readers = tuple(one for one in self._readers if one is not reader)
+            self._readers.pop(id(reader), None)
 
     def _hook(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         _pass(self, optimizer)
@@ -152,7 +154,9 @@ class Door:
     def _come_by(self, optimizer: torch.optim.Optimizer) -> None:
         with self._lock:
             self._known[id(optimizer)] = optimizer
-            alone, readers = len(self._known) == 1, self._readers
+            # Before it is known who reads: whoever begins to read later finds it inside.
+            self._inside[id(optimizer)] = optimizer
+            alone, readers = len(self._known) == 1, list(self._readers.values())
         if _is_capturing():
             self.bypassed = True
         if readers:
@@ -161,8 +165,6 @@ class Door:
             storages = None if alone else OwnedMemory([optimizer]).storages
             for reader in readers:
                 reader.before_step(storages)
-        with self._lock:
-            self._inside[id(optimizer)] = optimizer
 
     def _go_on(self, optimizer: torch.optim.Optimizer) -> None:
         # One whose step raised stays inside until its next has ended, which costs lateness and nothing else.
@@ -171,8 +173,8 @@ class Door:
 
     def _forget(self) -> None:
         """In a forked child: nothing is read here."""
-        self._lock = threading.Lock()
-        self._readers = ()
+        self._lock = threading.RLock()
+        self._readers = {}
 
 
 @torch.compiler.disable(reason=_COMPILED)  # type: ignore[no-untyped-call, untyped-decorator]
