@@ -197,7 +197,8 @@ class CheckpointManager:
     def guard(self, *optimizers: torch.optim.Optimizer) -> None:
         """Says that what these own is changed by their `step()` alone, so that it may be copied late.
 
-        One that has stepped since this manager was made is known already; `CheckpointHook` calls this.
+        One that has stepped since this manager was made is known already; `CheckpointHook` calls this. One whose step
+        calls none of torch's hooks, as that of a wrapper around another, is passed over: guard the one inside.
 
         Raises:
             InvalidArgument: one is no optimizer.

@@ -229,3 +229,35 @@ def test_a_signal_handler_that_interrupts_a_step_at_the_door_may_save(manager, j
     assert not step.is_alive()
     jobs.release()
     save.assert_saved()
+
+
+class Around(torch.optim.Optimizer):
+    """A wrapper around an optimizer, which torch knows nothing of, and which adds to its step."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner = inner
+
+    @property
+    def state(self) -> object:  # type: ignore[override]
+        return self.inner.state
+
+    @property
+    def param_groups(self) -> list[dict[str, list[torch.Tensor]]]:  # type: ignore[override]
+        return self.inner.param_groups
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data.mul_(0.9)
+        self.inner.step()
+
+
+def test_a_guarded_wrapper_whose_step_calls_no_hooks_leaves_nothing_late(manager, jobs):
+    model = make_model()
+    optimizer = Around(fused(model.parameters()))
+    manager.guard(optimizer)
+    backward(model)
+    expected = copy_of(model.state_dict())
+    handle = manager.save_async({"model": model}, 1)
+    optimizer.step()
+    jobs.release()
+    assert_saved(manager, handle, expected)

@@ -117,9 +117,13 @@ class Door:
                 self._stands = True
 
     def trust(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-        """Takes these for optimizers that will come by here, before they have done so."""
+        """Takes these for optimizers that will come by here, before they have done so.
+
+        One around another that was not made as torch makes them has a step of its own that calls no hooks. That one is
+        left out: the one inside comes by.
+        """
         with self._lock:
-            self._known.update((id(one), one) for one in optimizers)
+            self._known.update((id(one), one) for one in optimizers if getattr(one.step, "hooked", False))
 
     def owned(self) -> OwnedMemory:
         """The memory of the optimizers that have come by here, as it is now, but for what a step changes right now."""
