@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -46,3 +48,12 @@ def test_a_done_callback_that_uses_the_manager_is_refused_at_once(use):
     assert "a done callback runs in the thread that saves" in str(raised[0])
     assert manager.save(STATE, 3).step == 3
     manager.close()
+
+
+def test_a_closed_manager_keeps_no_staging_memory(tmp_path):
+    manager = dt.CheckpointManager(tmp_path)
+    handle = manager.save_async(STATE, 1)
+    arena = weakref.ref(manager._saver._stager.arena)
+    manager.close()
+    gc.collect()
+    assert handle.done() and arena() is None

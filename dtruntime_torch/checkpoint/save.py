@@ -194,7 +194,7 @@ class Saver:
             self.wait()
             self._executor.shutdown()
             self._stager = Stager(_C.Arena(0), self._policies.chunk_bytes)
-            handle, self._handle = self._handle, None
+            handle, self._handle, self._capture = self._handle, None, None
             failure = handle.unseen_failure() if handle is not None else None
             if failure is not None:
                 raise failure
