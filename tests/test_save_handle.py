@@ -5,14 +5,19 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from collections.abc import Collection
 
 import pytest
 import torch
 
 import dtruntime_torch as dt
+from dtruntime_torch.checkpoint.staging.watch import Watch
 from dtruntime_torch.errors import DTRuntimeError, InvalidArgument
 from dtruntime_torch.storage import MemoryBackend
 from dtruntime_torch.testing.faulty_backend import FaultyBackend, Stopped
+from tests.late_saves import jobs, make_model, manager
+
+__all__ = ["jobs", "manager"]
 
 STATE = {"weight": torch.arange(3000.0)}
 
@@ -57,3 +62,19 @@ def test_a_closed_manager_keeps_no_staging_memory(tmp_path):
     manager.close()
     gc.collect()
     assert handle.done() and arena() is None
+
+
+def test_a_handle_does_not_say_staged_while_a_change_would_still_fail_the_save(manager, jobs, monkeypatch):
+    model = make_model()
+    manager.guard(torch.optim.SGD(model.parameters(), lr=0.1))
+    let_go, said = Watch.let_go, []
+
+    def look(watch: Watch, numbers: Collection[int]) -> list[int]:
+        said.append(handle.staged())
+        return let_go(watch, numbers)
+
+    monkeypatch.setattr(Watch, "let_go", look)
+    handle = manager.save_async({"model": model}, 1)
+    jobs.release()
+    handle.result(60)
+    assert said == [False] and handle.staged()

@@ -127,6 +127,7 @@ class Capture:
         self._torn: TornSnapshot | None = None
         self._given_up = ""
         self._digests: bytes | None = None
+        self._cancelled = False
         on_host = {number: tensors[number] for number in self._numbers if tensors[number].is_cpu}
         self._watch = Watch(on_host, chunk_bytes, patience.paranoid)
         if self._numbers:
@@ -134,8 +135,8 @@ class Capture:
 
     @property
     def staged(self) -> bool:
-        """Whether nothing is read any more."""
-        return self._staging.ended
+        """Whether nothing is read any more, nor looked at for a change."""
+        return self._cancelled or self._digests is not None
 
     def take_early(self, timeout: float | None) -> None:
         """Returns when what is not late may be changed, by this thread and what its current streams are given next.
@@ -198,6 +199,7 @@ class Capture:
         """As `Staging.cancel`."""
         DOOR.let_go(self)
         self._staging.cancel(timeout)
+        self._cancelled = True
 
     def _ask(self, numbers: Sequence[int], who: str) -> None:
         if not numbers:
