@@ -261,3 +261,16 @@ def test_a_guarded_wrapper_whose_step_calls_no_hooks_leaves_nothing_late(manager
     optimizer.step()
     jobs.release()
     assert_saved(manager, handle, expected)
+
+
+def test_a_load_by_another_manager_waits_for_what_it_fills(manager, jobs, tmp_path):
+    model, optimizer = trained()
+    with dt.CheckpointManager(tmp_path / "other") as other:
+        other.save({"model": model}, 1)
+        optimizer.step()
+        expected = copy_of(model.state_dict())
+        handle = manager.save_async({"model": model}, 1)
+        other.load({"model": model})
+        assert not torch.equal(model[0].weight, expected["0.weight"])
+        jobs.release()
+        assert_saved(manager, handle, expected)

@@ -40,6 +40,9 @@ class Reader(Protocol):
             storages: addresses of the storages that it may change; None for those of all optimizers.
         """
 
+    def before_update(self) -> None:
+        """Returns when everything that is read may be changed, and raises nothing."""
+
 
 class OwnedMemory:
     """Memory that the steps of some optimizers change, and nothing else that is known of.
@@ -148,6 +151,13 @@ class Door:
         """Asks it no more; does nothing if it is not held."""
         with self._lock:
             self._readers.pop(id(reader), None)
+
+    def before_update(self) -> None:
+        """Returns when whoever reads anything lets it be changed: for who changes what optimizers own in their stead."""
+        with self._lock:
+            readers = list(self._readers.values())
+        for reader in readers:
+            reader.before_update()
 
     def _hook(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         _pass(self, optimizer)
