@@ -229,7 +229,7 @@ class Capture:
         with self._lock:
             moved = self._watch.let_go(numbers)
             if moved and self._torn is None:
-                self._torn = self._tear(moved, "torch counts a change of it")
+                self._torn = self._tear(moved, "torch counts a change of it, or it gave its memory back")
 
     def _check(self, digests: bytes) -> None:
         self._note_tears(self._numbers)
