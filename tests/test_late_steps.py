@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 
 import pytest
 import torch
+from torch.optim.optimizer import (
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 import dtruntime_torch as dt
-from dtruntime_torch.checkpoint.door import DOOR
+from dtruntime_torch.checkpoint.door import DOOR, Door
 from tests.checkpoint.late_jobs import LateJobs
 from tests.late_saves import assert_saved, backward, copy_of, jobs, make_model, manager
 
@@ -274,3 +280,49 @@ def test_a_load_by_another_manager_waits_for_what_it_fills(manager, jobs, tmp_pa
         assert not torch.equal(model[0].weight, expected["0.weight"])
         jobs.release()
         assert_saved(manager, handle, expected)
+
+
+@pytest.fixture
+def hooks() -> Iterator[None]:
+    """Afterwards torch has the global hooks of optimizers that it had before."""
+    kept = [(hooks, dict(hooks)) for hooks in (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)]
+    yield
+    for hooks, before in kept:
+        hooks.clear()
+        hooks.update(before)
+
+
+class Told:
+    """A reader that notes when it is asked."""
+
+    reads_others = False
+
+    def __init__(self, calls: list[str]) -> None:
+        self.calls = calls
+
+    def before_step(self, storages: Collection[int] | None) -> None:
+        self.calls.append("reader")
+
+    def before_update(self) -> None:
+        self.calls.append("reader")
+
+
+def test_who_reads_is_asked_before_a_hook_that_was_there_first(hooks):
+    _, optimizer = trained()
+    calls: list[str] = []
+    register_optimizer_step_pre_hook(lambda *_: calls.append("hook"))
+    door, reader = Door(), Told(calls)
+    door.stand()
+    door.hold(reader)
+    optimizer.step()
+    assert calls == ["reader", "hook"]
+
+
+def test_a_step_is_over_before_a_hook_behind_it_that_was_there_first(hooks):
+    _, optimizer = trained()
+    door = Door()
+    changing: list[int] = []
+    register_optimizer_step_post_hook(lambda *_: changing.append(len(door.changing().storages)))
+    door.stand()
+    optimizer.step()
+    assert changing == [0]

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]  # not in its __all__
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from dtruntime_torch.checkpoint.state.local_shard import local_part
 from dtruntime_torch.checkpoint.state.wrappers import innermost
@@ -115,8 +116,8 @@ class Door:
         """From now on no optimizer steps without coming by here; called again it does nothing."""
         with self._lock:
             if not self._stands:
-                register_optimizer_step_pre_hook(self._hook)
-                register_optimizer_step_post_hook(self._hook_behind)
+                _put_first(register_optimizer_step_pre_hook(self._hook))
+                _put_first(register_optimizer_step_post_hook(self._hook_behind))
                 self._stands = True
 
     def trust(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
@@ -199,6 +200,13 @@ def _pass(door: Door, optimizer: torch.optim.Optimizer) -> None:
 @torch.compiler.disable(reason=_COMPILED)  # type: ignore[no-untyped-call, untyped-decorator]
 def _leave(door: Door, optimizer: torch.optim.Optimizer) -> None:
     door._go_on(optimizer)
+
+
+def _put_first(handle: RemovableHandle) -> None:
+    """Has a hook called before those that are there already: such a one may change memory, or save."""
+    hooks = handle.hooks_dict_ref()
+    assert hooks is not None, "torch has given up its global hooks"
+    hooks.move_to_end(handle.id, last=False)
 
 
 def storage_of(tensor: torch.Tensor) -> int:
