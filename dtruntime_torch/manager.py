@@ -375,7 +375,8 @@ class CheckpointManager:
             DTRuntimeError: that save failed.
         """
         if not self._closed:
-            self._closed = True
+            with self._saver.alone():  # a handler or callback that is refused here leaves it open
+                self._closed = True
             self._saver.close()
 
     def __enter__(self) -> CheckpointManager:

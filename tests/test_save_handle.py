@@ -33,7 +33,7 @@ def test_a_done_callback_that_uses_the_manager_is_refused_at_once(use):
     uses = {
         "save": lambda: manager.save_async(STATE, 2),
         "load": lambda: manager.load({"weight": torch.zeros(3000)}),
-        "close": manager._saver.close,
+        "close": manager.close,
     }
 
     def call(_: dt.SaveHandle) -> None:
