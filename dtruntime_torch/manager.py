@@ -197,7 +197,8 @@ class CheckpointManager:
     def guard(self, *optimizers: torch.optim.Optimizer) -> None:
         """Says that what these own is changed by their `step()` alone, so that it may be copied late.
 
-        One that has stepped since this manager was made is known already; `CheckpointHook` calls this.
+        One that has stepped since this manager was made is known already; `CheckpointHook` calls this. One whose step
+        calls none of torch's hooks, as that of a wrapper around another, is passed over: guard the one inside.
 
         Raises:
             InvalidArgument: one is no optimizer.
@@ -374,7 +375,8 @@ class CheckpointManager:
             DTRuntimeError: that save failed.
         """
         if not self._closed:
-            self._closed = True
+            with self._saver.alone():  # a handler or callback that is refused here leaves it open
+                self._closed = True
             self._saver.close()
 
     def __enter__(self) -> CheckpointManager:

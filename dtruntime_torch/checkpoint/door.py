@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]  # not in its __all__
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from dtruntime_torch.checkpoint.state.local_shard import local_part
 from dtruntime_torch.checkpoint.state.wrappers import innermost
@@ -32,12 +33,19 @@ SMALL_BYTES = 16 << 10
 class Reader(Protocol):
     """Who still reads memory of optimizers."""
 
+    @property
+    def reads_others(self) -> bool:
+        """Whether it also reads what no optimizer was known to own when it began, which a step may change all the same."""
+
     def before_step(self, storages: Collection[int] | None) -> None:
         """Returns when a step may change memory, and raises nothing.
 
         Args:
             storages: addresses of the storages that it may change; None for those of all optimizers.
         """
+
+    def before_update(self) -> None:
+        """Returns when everything that is read may be changed, and raises nothing."""
 
 
 class OwnedMemory:
@@ -51,19 +59,18 @@ class OwnedMemory:
     """
 
     def __init__(self, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
-        self._stops: dict[int, dict[int, int]] = (
-            {}
-        )  # address of a storage -> first byte of a tensor in it -> behind its last
+        # address of a storage -> first byte of a tensor in it -> behind its last
+        self._stops: dict[int, dict[int, int]] = {}
         for optimizer in optimizers:
             for tensor in _tensors_of(optimizer):
                 self.add(tensor)
 
     def add(self, tensor: torch.Tensor) -> None:
-        """Adds the memory of a tensor, if it is on this rank, in one piece."""
+        """Adds the memory of a tensor, if it is on this rank. Where that is in several pieces, or small, only its storage is known."""
         for part in _parts_of(tensor):
+            stops = self._stops.setdefault(storage_of(part), {})
             if part.nbytes >= SMALL_BYTES and part.is_contiguous():
                 start = part.data_ptr()
-                stops = self._stops.setdefault(storage_of(part), {})
                 stops[start] = max(stops.get(start, 0), start + part.nbytes)
 
     def __contains__(self, tensor: torch.Tensor) -> bool:
@@ -77,6 +84,16 @@ class OwnedMemory:
             first <= start and stop <= last for first, last in stops.items()
         )
 
+    @property
+    def storages(self) -> Collection[int]:
+        """Addresses of the storages that it lies in."""
+        return self._stops.keys()
+
+    def leave_out(self, other: OwnedMemory) -> None:
+        """Takes all storages away in which other memory lies."""
+        for storage in other.storages:
+            self._stops.pop(storage, None)
+
 
 class Door:
     """In front of the optimizers of a process; `DOOR` is the one there is. Its methods may be called from any thread.
@@ -88,63 +105,111 @@ class Door:
     def __init__(self) -> None:
         self.bypassed = False
         self._stands = False
-        self._lock = threading.Lock()
-        self._known: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        self._readers: tuple[Reader, ...] = ()
+        # A signal handler that saves may interrupt its own thread in here. What it adds meanwhile is not lost, for one
+        # operation of a dict adds it.
+        self._lock = threading.RLock()
+        # By id, for an optimizer may compare equal to another, or have no hash.
+        self._known: weakref.WeakValueDictionary[int, torch.optim.Optimizer] = weakref.WeakValueDictionary()
+        # Those that have come by and not gone on yet: what they own changes without another question.
+        self._inside: weakref.WeakValueDictionary[int, torch.optim.Optimizer] = weakref.WeakValueDictionary()
+        self._readers: dict[int, Reader] = {}
         os.register_at_fork(after_in_child=self._forget)
 
     def stand(self) -> None:
         """From now on no optimizer steps without coming by here; called again it does nothing."""
         with self._lock:
             if not self._stands:
-                register_optimizer_step_pre_hook(self._hook)
+                _put_first(register_optimizer_step_pre_hook(self._hook))
+                _put_first(register_optimizer_step_post_hook(self._hook_behind))
                 self._stands = True
 
     def trust(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-        """Takes these for optimizers that will come by here, before they have done so."""
+        """Takes these for optimizers that will come by here, before they have done so.
+
+        One around another that was not made as torch makes them has a step of its own that calls no hooks. That one is
+        left out: the one inside comes by.
+        """
         with self._lock:
-            self._known.update(optimizers)
+            self._known.update((id(one), one) for one in optimizers if getattr(one.step, "hooked", False))
 
     def owned(self) -> OwnedMemory:
-        """The memory of the optimizers that have come by here, as it is now."""
+        """The memory of the optimizers that have come by here, as it is now, but for what a step changes right now."""
         with self._lock:
-            known = list(self._known)
-        return OwnedMemory(known)
+            known = list(self._known.values())
+        memory = OwnedMemory(known)
+        memory.leave_out(self.changing())
+        return memory
+
+    def changing(self) -> OwnedMemory:
+        """The memory of the optimizers that are in the middle of a step, and may have called back: a closure, a hook."""
+        with self._lock:
+            inside = list(self._inside.values())
+        return OwnedMemory(inside)
 
     def hold(self, reader: Reader) -> None:
         """Asks a reader before each step, until `let_go`."""
         with self._lock:
-            self._readers = (*self._readers, reader)
+            self._readers[id(reader)] = reader
 
     def let_go(self, reader: Reader) -> None:
         """Asks it no more; does nothing if it is not held."""
         with self._lock:
-            self._readers = tuple(one for one in self._readers if one is not reader)
+            self._readers.pop(id(reader), None)
+
+    def before_update(self) -> None:
+        """Returns when whoever reads anything lets it be changed: for who changes what optimizers own in their stead."""
+        with self._lock:
+            readers = list(self._readers.values())
+        for reader in readers:
+            reader.before_update()
 
     def _hook(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         _pass(self, optimizer)
 
+    def _hook_behind(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        _leave(self, optimizer)
+
     def _come_by(self, optimizer: torch.optim.Optimizer) -> None:
         with self._lock:
-            self._known.add(optimizer)
-            alone, readers = len(self._known) == 1, self._readers
+            self._known[id(optimizer)] = optimizer
+            # Before it is known who reads: whoever begins to read later finds it inside.
+            self._inside[id(optimizer)] = optimizer
+            alone, readers = len(self._known) == 1, list(self._readers.values())
         if _is_capturing():
             self.bypassed = True
         if readers:
-            # What a single optimizer does not own nobody waits for here, so there is nothing to be looked up.
-            storages = None if alone else _storages_of(optimizer)
+            # Of a single optimizer is all that is read, as a rule, so there is nothing to be looked up.
+            alone = alone and not any(reader.reads_others for reader in readers)
+            storages = None if alone else OwnedMemory([optimizer]).storages
             for reader in readers:
                 reader.before_step(storages)
 
+    def _go_on(self, optimizer: torch.optim.Optimizer) -> None:
+        # One whose step raised stays inside until its next has ended, which costs lateness and nothing else.
+        with self._lock:
+            self._inside.pop(id(optimizer), None)
+
     def _forget(self) -> None:
         """In a forked child: nothing is read here."""
-        self._lock = threading.Lock()
-        self._readers = ()
+        self._lock = threading.RLock()
+        self._readers = {}
 
 
 @torch.compiler.disable(reason=_COMPILED)  # type: ignore[no-untyped-call, untyped-decorator]
 def _pass(door: Door, optimizer: torch.optim.Optimizer) -> None:
     door._come_by(optimizer)
+
+
+@torch.compiler.disable(reason=_COMPILED)  # type: ignore[no-untyped-call, untyped-decorator]
+def _leave(door: Door, optimizer: torch.optim.Optimizer) -> None:
+    door._go_on(optimizer)
+
+
+def _put_first(handle: RemovableHandle) -> None:
+    """Has a hook called before those that are there already: such a one may change memory, or save."""
+    hooks = handle.hooks_dict_ref()
+    assert hooks is not None, "torch has given up its global hooks"
+    hooks.move_to_end(handle.id, last=False)
 
 
 def storage_of(tensor: torch.Tensor) -> int:
@@ -154,16 +219,13 @@ def storage_of(tensor: torch.Tensor) -> int:
 
 def _tensors_of(optimizer: Any) -> Iterator[torch.Tensor]:
     """Its parameters, and the tensors that its state has for each of them at once."""
+    state = optimizer.state if isinstance(optimizer.state, Mapping) else {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             yield parameter
-            entry = optimizer.state.get(parameter)
+            entry = state.get(parameter)
             if isinstance(entry, dict):
                 yield from (value for value in entry.values() if isinstance(value, torch.Tensor))
-
-
-def _storages_of(optimizer: torch.optim.Optimizer) -> set[int]:
-    return {storage_of(part) for tensor in _tensors_of(optimizer) for part in _parts_of(tensor)}
 
 
 def _parts_of(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
@@ -174,7 +236,7 @@ def _parts_of(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
         return ()
     else:
         parts = [part for _, part in innermost(local_part(tensor), "")]
-    return [part for part in parts if part.layout is torch.strided and not part.is_meta]
+    return [part for part in parts if part.layout is torch.strided and not part.is_meta and part.nbytes]
 
 
 def _is_capturing() -> bool:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from dtruntime_torch.checkpoint.arguments import LoadOptions, check_keys
+from dtruntime_torch.checkpoint.door import DOOR
 from dtruntime_torch.checkpoint.loading.commit_choice import CommitChoice, OnDamage
 from dtruntime_torch.checkpoint.loading.contents import read_alone, survey_contents
 from dtruntime_torch.checkpoint.loading.load_plan import SavedState, lies_in, select, whole_specs
@@ -65,6 +66,8 @@ def load(
         CheckpointMismatch: names, shapes or dtypes differ from the state's.
         LoadFailed: ranks failed for other reasons. Where all of them raised one error of ours, it is raised as such.
     """
+    # What is filled another manager may still save.
+    DOOR.before_update()
     choice, touched = CommitChoice(backend, name, on_damage), Touched()
 
     def attempt(number: int) -> LoadOutcome | None:

@@ -102,6 +102,7 @@ class Saver:
         self._capture: Capture | None = None
         self._lock = threading.RLock()
         self._inside: int | None = None  # the thread that is in prepare, start or close
+        self._background: int | None = None  # the thread that publishes
 
     def prepare(self, state: object) -> None:
         """Agrees on the structure of `state` and makes room for it, so that the first save finds it done."""
@@ -192,15 +193,19 @@ class Saver:
         with self.alone():
             self.wait()
             self._executor.shutdown()
-            self._stager, self._capture = Stager(_C.Arena(0), self._policies.chunk_bytes), None
-            handle, self._handle = self._handle, None
+            self._stager = Stager(_C.Arena(0), self._policies.chunk_bytes)
+            handle, self._handle, self._capture = self._handle, None, None
             failure = handle.unseen_failure() if handle is not None else None
             if failure is not None:
                 raise failure
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Keeps other threads out; refuses a signal handler that interrupted this thread in here."""
+        """Keeps other threads out; refuses a signal handler that interrupted this thread in here, and callbacks."""
+        if self._background == threading.get_ident():
+            raise InvalidArgument(
+                "a done callback runs in the thread that saves, which cannot wait for itself: use this manager elsewhere"
+            )
         if self._inside == threading.get_ident():
             raise InvalidArgument(
                 "this manager is at work in this very thread, which a signal handler has interrupted: let the "
@@ -311,6 +316,7 @@ class Saver:
         return self._structure
 
     def _publish(self, snapshot: Snapshot) -> CheckpointInfo:
+        self._background = threading.get_ident()
         try:
             with self._counting(refusals=(SaveSkipped,)):
                 info = self._publisher.publish(snapshot)

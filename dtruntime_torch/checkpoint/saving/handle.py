@@ -106,7 +106,10 @@ class SaveHandle:
         return self._is_staged()
 
     def add_done_callback(self, callback: Callable[[SaveHandle], object]) -> None:
-        """Calls `callback(self)` when the save has ended, in the thread that ends it."""
+        """Calls `callback(self)` when the save has ended, in the thread that ends it.
+
+        There the manager refuses to save, to load and to close, for it would wait for itself.
+        """
         self._future.add_done_callback(lambda _: callback(self))
 
     def mark_seen(self) -> None:

@@ -32,16 +32,17 @@ class Late:
 
     Attributes:
         owned: address of a storage -> what optimizers own there.
-        deferred: what the user has deferred.
+        deferred: address of a storage -> what the user has deferred there, and no optimizer owns as far as is known.
     """
 
     owned: Mapping[int, Sequence[int]] = field(default_factory=dict)
-    deferred: Sequence[int] = ()
+    deferred: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
     @property
     def numbers(self) -> list[int]:
         """All of it, ascending."""
-        return sorted([*self.deferred, *(number for numbers in self.owned.values() for number in numbers)])
+        each = (*self.owned.values(), *self.deferred.values())
+        return sorted(number for numbers in each for number in numbers)
 
 
 NOTHING_LATE = Late()
@@ -62,16 +63,17 @@ def choose_late(tensors: Sequence[torch.Tensor], owned: OwnedMemory, deferred: O
         >>> choose_late([weight, average], OwnedMemory(), deferred).numbers
         [1]
     """
-    by_storage: dict[int, list[int]] = {}
-    by_user: list[int] = []
+    by_optimizers: dict[int, list[int]] = {}
+    by_user: dict[int, list[int]] = {}
     for number, tensor in enumerate(tensors):
         if tensor.nbytes < SMALL_BYTES or not in_one_piece(tensor):
             continue
-        if tensor in deferred:
-            by_user.append(number)
-        elif tensor in owned:
-            by_storage.setdefault(storage_of(tensor), []).append(number)
-    return Late(by_storage, by_user)
+        # What is both changes in both ways, and no step may be let through because the user asks, too.
+        if tensor in owned:
+            by_optimizers.setdefault(storage_of(tensor), []).append(number)
+        elif tensor in deferred:
+            by_user.setdefault(storage_of(tensor), []).append(number)
+    return Late(by_optimizers, by_user)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,7 @@ class Capture:
         self._torn: TornSnapshot | None = None
         self._given_up = ""
         self._digests: bytes | None = None
+        self._cancelled = False
         on_host = {number: tensors[number] for number in self._numbers if tensors[number].is_cpu}
         self._watch = Watch(on_host, chunk_bytes, patience.paranoid)
         if self._numbers:
@@ -129,8 +132,8 @@ class Capture:
 
     @property
     def staged(self) -> bool:
-        """Whether nothing is read any more."""
-        return self._staging.ended
+        """Whether nothing is read any more, nor looked at for a change."""
+        return self._cancelled or self._digests is not None
 
     def take_early(self, timeout: float | None) -> None:
         """Returns when what is not late may be changed, by this thread and what its current streams are given next.
@@ -145,11 +148,19 @@ class Capture:
         self._staging.before_overwrite([n for n in range(len(self._names)) if n not in late], timeout)
         self._staging.release()
 
+    @property
+    def reads_others(self) -> bool:
+        """As `door.Reader` says."""
+        return bool(self._late.deferred)
+
     def before_step(self, storages: Collection[int] | None) -> None:
         """As `door.Reader` says. If it takes too long or fails, the save is given up, and training goes on."""
-        owned = self._late.owned
-        asked = owned if storages is None else owned.keys() & storages
-        self._ask([number for storage in asked for number in owned[storage]], "the step of an optimizer")
+        kinds = (self._late.owned,) if storages is None else (self._late.owned, self._late.deferred)
+        numbers: list[int] = []
+        for kind in kinds:
+            for storage in kind if storages is None else kind.keys() & storages:
+                numbers += kind[storage]
+        self._ask(numbers, "the step of an optimizer")
 
     def before_update(self) -> None:
         """Returns when everything that is late may be changed, as `before_step`."""
@@ -188,6 +199,7 @@ class Capture:
         """As `Staging.cancel`."""
         DOOR.let_go(self)
         self._staging.cancel(timeout)
+        self._cancelled = True
 
     def _ask(self, numbers: Sequence[int], who: str) -> None:
         if not numbers:
@@ -217,7 +229,7 @@ class Capture:
         with self._lock:
             moved = self._watch.let_go(numbers)
             if moved and self._torn is None:
-                self._torn = self._tear(moved, "torch counts a change of it")
+                self._torn = self._tear(moved, "torch counts a change of it, or it gave its memory back")
 
     def _check(self, digests: bytes) -> None:
         self._note_tears(self._numbers)

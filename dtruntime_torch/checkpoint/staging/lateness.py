@@ -80,6 +80,7 @@ class Lateness:
         deferred = OwnedMemory()
         for tensor in self._still_there():
             deferred.add(tensor)
+        deferred.leave_out(DOOR.changing())
         return choose_late(tensors, DOOR.owned(), deferred)
 
     def _still_there(self) -> list[torch.Tensor]:

@@ -1,8 +1,9 @@
 """Notices that host memory was changed while it was being staged, and nobody had asked.
 
 The version that torch counts for a tensor proves a change if it moved. If it did not, that proves nothing: fused and foreach
-optimizers, `.data` and BatchNorm's statistics change memory without it. Digests taken before notice every change that
-reached the copy, at the price of reading the memory once more.
+optimizers, `.data` and BatchNorm's statistics change memory without it. A storage that lies elsewhere than before gave its
+memory back, and torch counts nothing when others write there. Digests taken before notice every change that reached the
+copy, at the price of reading the memory once more.
 """
 
 from __future__ import annotations
@@ -33,11 +34,7 @@ class Watch:
     def __init__(
         self, tensors: Mapping[int, torch.Tensor], chunk_bytes: int, by_digest: bool = False
     ) -> None:
-        self._versions = {
-            number: (tensor, tensor._version)
-            for number, tensor in tensors.items()
-            if not tensor.is_inference()
-        }
+        self._before = {number: (tensor, _state_of(tensor)) for number, tensor in tensors.items()}
         self._digests = {
             number: torch.ops.dtruntime.digest(tensor, chunk_bytes).numpy().tobytes()
             for number, tensor in tensors.items()
@@ -46,8 +43,8 @@ class Watch:
 
     def let_go(self, numbers: Collection[int]) -> list[int]:
         """From now on these may change; says which of them did already."""
-        watched = [(number, self._versions.pop(number)) for number in numbers if number in self._versions]
-        return [number for number, (tensor, version) in watched if tensor._version != version]
+        watched = [(number, self._before.pop(number)) for number in numbers if number in self._before]
+        return [number for number, (tensor, before) in watched if _state_of(tensor) != before]
 
     def differ(self, arrived: Mapping[int, bytes]) -> list[int]:
         """Says of which tensors something else arrived than was there.
@@ -56,3 +53,10 @@ class Watch:
             arrived: number -> digests of what arrived, of any pairs.
         """
         return [number for number, before in self._digests.items() if arrived[number] != before]
+
+
+def _state_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """Differs if torch has counted a change, or the memory is other."""
+    # What was made in inference mode has no version.
+    version = 0 if tensor.is_inference() else tensor._version
+    return version, tensor.untyped_storage().data_ptr()
