@@ -37,7 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "checkpoint.saving.messages",
     ),
     (
-        "checkpoint.catalog checkpoint.loading.chunk_reader checkpoint.saving.handle checkpoint.saving.health checkpoint.locks store",
+        "checkpoint.catalog checkpoint.loading.chunk_reader checkpoint.saving.failures checkpoint.saving.handle checkpoint.saving.health checkpoint.locks store",
         "barrier checkpoint.cleaning.look checkpoint.listing",
         "checkpoint.saving.groups checkpoint.loading.node_memory checkpoint.loading.share_reader checkpoint.cleaning.stock membership",
         "checkpoint.state.fqns checkpoint.state.local_shard checkpoint.state.nest checkpoint.state.numpy_codecs",
@@ -61,7 +61,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "checkpoint.staging.lateness checkpoint.staging.staging",
     ),
     (
-        "checkpoint.saving.leader checkpoint.loading.load_round checkpoint.saving.snapshot",
+        "checkpoint.saving.leader checkpoint.loading.load_round checkpoint.saving.snapshot checkpoint.saving.structures",
         "checkpoint.saving.publish checkpoint.loading.load_together",
         "checkpoint.save checkpoint.restore",
         "checkpoint.dcp.contents checkpoint.dcp.foreign_header checkpoint.dcp.names_in_folder checkpoint.dcp.payloads checkpoint.dcp.sealed checkpoint.dcp.state_copy checkpoint.dcp.state_paths",

@@ -10,32 +10,28 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 
 from dtruntime_torch import _C
 from dtruntime_torch.checkpoint.arguments import check_metadata, check_step
 from dtruntime_torch.checkpoint.cleaning.prune_plan import PruneReport
-from dtruntime_torch.checkpoint.flatten import FlatState, Flattener
+from dtruntime_torch.checkpoint.flatten import FlatState
 from dtruntime_torch.checkpoint.info import CheckpointInfo
 from dtruntime_torch.checkpoint.locks import held
 from dtruntime_torch.checkpoint.objects import Json
-from dtruntime_torch.checkpoint.saving import groups
-from dtruntime_torch.checkpoint.saving.groups import Groups
+from dtruntime_torch.checkpoint.saving.failures import forget_frames, tear_in
 from dtruntime_torch.checkpoint.saving.handle import SaveHandle, SaveMetrics
 from dtruntime_torch.checkpoint.saving.health import Health
-from dtruntime_torch.checkpoint.saving.layout import Layout, make_layout
+from dtruntime_torch.checkpoint.saving.layout import Layout
 from dtruntime_torch.checkpoint.saving.lineage import Lineage
 from dtruntime_torch.checkpoint.saving.policies import SavePolicies
 from dtruntime_torch.checkpoint.saving.publish import Publisher
-from dtruntime_torch.checkpoint.saving.save_plan import make_save_plan
 from dtruntime_torch.checkpoint.saving.snapshot import Snapshot
-from dtruntime_torch.checkpoint.specs import FlatSpecs, SavePlan
+from dtruntime_torch.checkpoint.saving.structures import Structure, Structures
 from dtruntime_torch.checkpoint.staging.capture import Capture, Patience
 from dtruntime_torch.checkpoint.staging.lateness import Lateness, nothing_late
 from dtruntime_torch.checkpoint.staging.stager import Stager
@@ -45,23 +41,12 @@ from dtruntime_torch.errors import (
     CommitConflict,
     InvalidArgument,
     SaveSkipped,
-    TornSnapshot,
     UnsupportedType,
 )
 from dtruntime_torch.membership import Membership
 from dtruntime_torch.storage import StorageBackend
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Structure:
-    """What follows from the specs of a state, once the ranks know of each other's."""
-
-    specs: FlatSpecs
-    learnt: Groups
-    plan: SavePlan
-    layout: Layout
 
 
 class Saver:
@@ -94,8 +79,7 @@ class Saver:
         self._lineage = lineage
         self._publisher = Publisher(backend, name, members, lineage, policies)
         self._stager = Stager(_C.Arena(0), policies.chunk_bytes)
-        self._structure: Structure | None = None
-        self._flattener = Flattener(members.rank)
+        self._structures = Structures(members)
         self._sequence = 0
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dtruntime-save")
         self._handle: SaveHandle | None = None
@@ -110,7 +94,7 @@ class Saver:
             key = self._next_key()
             with self._declining(key):
                 self.wait()
-                self._agree(key, self._flattener.flatten(state))
+                self._agree(key, state)
 
     def start(self, state: object, step: object, metadata: object, at_once: bool = False) -> SaveHandle:
         """Takes the snapshot and lets the rest go on in the background.
@@ -233,7 +217,7 @@ class Saver:
         except SaveSkipped:
             raise  # who skips has told the others
         except BaseException as error:
-            self._structure = None
+            self._structures.known = None
             self._publisher.decline(key, error, aside=True)
             raise
 
@@ -252,8 +236,7 @@ class Saver:
         self, key: str, state: object, step: int, metadata: Json, metrics: SaveMetrics, at_once: bool
     ) -> Snapshot:
         self._lineage.check_step(step)
-        flat = self._flattener.flatten(state)
-        structure = self._agree(key, flat)
+        flat, structure = self._agree(key, state)
         attempt = self._publisher.open(key, step) if self._lineage.generation is None else None
         layout, members = structure.layout, structure.learnt.members
         base = self._lineage.base_of(members)
@@ -297,23 +280,13 @@ class Saver:
             raise
         return capture
 
-    def _agree(self, key: str, flat: FlatState) -> Structure:
-        known = self._structure
-        if known is not None and known.specs == flat.specs:
-            return known
-        self._structure = None
-        if known is not None and groups.differ_only_in_size(known.specs, flat.specs):
-            learnt = known.learnt
-        else:
-            learnt = groups.learn(
-                self._members.barrier, f"{key}/groups", flat.specs, busy_key=f"{key}/commit"
-            )
-        rank, world_size = self._members.rank, self._members.world_size
-        plan = make_save_plan(rank, world_size, flat.specs, learnt.specs, learnt.members)
-        layout = make_layout(plan)
-        self._stager = Stager(make_room(self._stager.arena, layout.length), self._policies.chunk_bytes)
-        self._structure = Structure(flat.specs, learnt, plan, layout)
-        return self._structure
+    def _agree(self, key: str, state: object) -> tuple[FlatState, Structure]:
+        before = self._structures.known
+        flat, structure = self._structures.agree(key, state)
+        if structure is not before:
+            room = make_room(self._stager.arena, structure.layout.length)
+            self._stager = Stager(room, self._policies.chunk_bytes)
+        return flat, structure
 
     def _publish(self, snapshot: Snapshot) -> CheckpointInfo:
         self._background = threading.get_ident()
@@ -328,11 +301,11 @@ class Saver:
         except BaseException as error:
             if not isinstance(error, BarrierTimeout) or error.decided:
                 # The ranks may have come to differ in structure: the next save asks all of them again.
-                self._structure = None
-            if (torn := _tear_in(error)) is not None:
+                self._structures.known = None
+            if (torn := tear_in(error)) is not None:
                 self.lateness.give_up(str(torn))
             logger.error("a save failed: %s", error)
-            _forget_frames(error)
+            forget_frames(error)
             raise
         finally:
             self._end_capture(snapshot.capture)
@@ -377,24 +350,3 @@ def _staged_query(capture: Capture) -> Callable[[], bool]:
         return there is None or there.staged
 
     return is_staged
-
-
-def _tear_in(error: BaseException | None) -> TornSnapshot | None:
-    while error is not None and not isinstance(error, TornSnapshot):
-        error = error.__cause__
-    return error
-
-
-def _forget_frames(error: BaseException) -> None:
-    """Lets go of what the frames of a failure hold: views of the arena, which is as large as the model.
-
-    Else each failed save would keep an arena for as long as somebody keeps its error.
-    """
-    errors: list[BaseException | None] = [error]
-    seen: set[int] = set()
-    while errors:
-        one = errors.pop()
-        if one is not None and id(one) not in seen:
-            seen.add(id(one))
-            traceback.clear_frames(one.__traceback__)
-            errors += [one.__cause__, one.__context__]

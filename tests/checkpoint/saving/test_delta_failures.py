@@ -228,7 +228,7 @@ def test_memory_that_changed_in_the_arena_fails_the_full_save_and_the_next_one_i
 
     def flip():
         saver = ranks[0].saver
-        (slot,) = [slot for slot in saver._structure.layout.slots if slot.item.spec.fqn == "shared"]
+        (slot,) = [slot for slot in saver._structures.known.layout.slots if slot.item.spec.fqn == "shared"]
         memoryview(saver._stager.arena)[slot.offset + 9 * CHUNK] ^= 1
 
     prune_step_one(backend, flip)
