@@ -61,7 +61,7 @@ def test_a_stream_of_bytes_comes_back_where_it_stood():
     "held", [None, "text", ["text", 0], [[1], 0], [{"~": "bytes", "v": ""}, -1]], ids=repr
 )
 def test_what_is_no_stream_of_bytes_is_refused(held):
-    with pytest.raises(CorruptCheckpoint, match="io.BytesIO"):
+    with pytest.raises(CorruptCheckpoint, match="not a io.BytesIO"):
         objects.decode({"~": "io.BytesIO", "v": held}, "state")
 
 
