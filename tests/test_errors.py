@@ -41,7 +41,8 @@ def test_the_errno_of_an_error_reaches_all_ranks():
 def test_the_errno_of_an_error_outlives_a_pickle(kind):
     error = kind("no room")
     error.errno = errno.ENOSPC
-    found = pickle.loads(pickle.dumps(error))  # as torch.distributed sends it to other ranks
+    # As torch.distributed sends it to other ranks.
+    found = pickle.loads(pickle.dumps(error))  # noqa: S301  # ours
     assert (type(found), str(found), found.errno) == (kind, "no room", errno.ENOSPC)
 
 

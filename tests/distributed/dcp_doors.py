@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
@@ -29,21 +30,28 @@ class Doors:
     Attributes:
         folder: of the scenario.
         ours: through our writer and reader, otherwise through stock ones.
+        hugging_face: the one that reads what is written, or writes what is read, is that for safetensors files.
     """
 
     folder: Path
     ours: bool
+    hugging_face: Literal["writes", "reads"] | None = None
 
     def writer(self, name: str = "one", *, overwrite: bool = False) -> StorageWriter:
         """Writes to a folder of that name."""
         place = self.folder / name
+        if self.hugging_face == "writes":
+            return HuggingFaceStorageWriter(str(place), save_distributed=True)
         if self.ours:
             return dt.StorageWriter(place, overwrite=overwrite)
         return FileSystemWriter(place, overwrite=overwrite)
 
     def reader(self, name: str = "one") -> StorageReader:
         """Reads what was written there."""
-        return dt.StorageReader(self.folder / name) if self.ours else FileSystemReader(self.folder / name)
+        place = self.folder / name
+        if self.hugging_face == "reads":
+            return HuggingFaceStorageReader(str(place))
+        return dt.StorageReader(place) if self.ours else FileSystemReader(place)
 
     def save(self, state: State, name: str = "one", **options: Any) -> None:
         """Saves, on all ranks."""
@@ -61,6 +69,21 @@ Scenario = Callable[[Doors], None]
 def through_both(*scenarios: Scenario) -> dict[str, Callable[[Path], None]]:
     """Each by its name, to be run through the stock doors, which shows that it is sound, and then through ours."""
     return {scenario.__name__: partial(_run, scenario) for scenario in scenarios}
+
+
+def beside_hugging_face(*scenarios: Scenario) -> dict[str, Callable[[Path], None]]:
+    """Each twice: what our writer wrote is read by the stock reader for safetensors files, and the other way round."""
+    return {
+        f"{scenario.__name__}_hugging_face_{side}": partial(_run_beside, scenario, side)
+        for scenario in scenarios
+        for side in ("writes", "reads")
+    }
+
+
+def _run_beside(scenario: Scenario, side: Literal["writes", "reads"], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    scenario(Doors(folder, True, side))
 
 
 def _run(scenario: Scenario, folder: Path) -> None:

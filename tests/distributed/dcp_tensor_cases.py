@@ -216,3 +216,9 @@ CASES = (
     a_module_with_extra_state,
     what_all_ranks_have_is_stored_once,
 )
+# Stock code writes one shard of a tensor to a file, and only tensors.
+CASES_OF_SAFETENSORS = (
+    placements_and_meshes_change,
+    shards_are_uneven_or_empty,
+    tensors_that_cut_themselves,
+)

@@ -20,7 +20,7 @@ Each scenario runs through the stock doors first, which shows that it is sound, 
 | failures of each step on some ranks, other coordinators | `dcp_fault_cases.py` |
 | planners: strict, partial, sizes, plans kept; nested dicts; keys; `Stateful` in place; to and from `torch.save` | `checkpoint/dcp/test_stock_cases.py`, `test_planners.py` |
 | end to end: order of keys, partial load, fresh optimizer; fine-tuning; experts; pipeline | `dcp_model_cases.py` |
-| Hugging Face files | `checkpoint/dcp/test_foreign_folders.py`, `stock_reads_the_shards`, `stock_writes_and_ours_reads` |
+| Hugging Face files, resharded | `checkpoint/dcp/test_foreign_folders.py`, `..._hugging_face_writes`, `..._hugging_face_reads` |
 
 Not here, for it says nothing of a writer or reader: threads and extensions of `FileSystemWriter` (its files), fsspec
 paths (its file systems), which doors a `checkpoint_id` selects (stock ones only), how the process for async saves finds its

@@ -59,7 +59,8 @@ class StorageWriter(TorchStorageWriter):
     """Writes a checkpoint of `torch.distributed.checkpoint` to a folder.
 
     The folder is the checkpoint, and `manifest.json` in it, which comes last and in one step, makes it one. Its files open
-    with stock safetensors, and load with stock `HuggingFaceStorageReader`. No pickle is stored.
+    with stock safetensors, and load with stock `HuggingFaceStorageReader`. No pickle is stored. Several threads may save
+    through one writer at once, each to a folder of its own.
 
     Args:
         target: a path, a URL, or a storage. In a storage the `checkpoint_id` given to DCP is the path of the folder;
