@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import ShardingStrategy, StateDictType, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -194,12 +195,17 @@ def training_goes_on_where_it_was(doors: Doors) -> None:
 
 
 def a_part_of_what_was_saved_loads(doors: Doors) -> None:
-    """The model without its optimizer, then a head that the checkpoint does not have beside a body that it has."""
+    """The model without its optimizer, in place; then either by its name, without a state to fill."""
     model = fsdp2(1)
-    doors.save(state_of(model, trained(model)))
+    saved = state_of(model, trained(model))
+    doors.save(saved)
     other = fsdp2(2)
     doors.load({"model": get_model_state_dict(other)})
-    assert_same(get_model_state_dict(other), get_model_state_dict(model))
+    assert_same(get_model_state_dict(other), saved["model"])
+    found = _load_state_dict_from_keys("model", storage_reader=doors.reader())
+    assert_same(found, {"model": saved["model"]})
+    found = _load_state_dict_from_keys({"optimizer.state"}, storage_reader=doors.reader())
+    assert_same(found, {"optimizer": {"state": saved["optimizer"]["state"]}})
 
 
 class Tuned(nn.Module):
