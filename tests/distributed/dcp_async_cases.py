@@ -52,7 +52,7 @@ def overwrite(value: Any) -> None:
 
 def what_is_saved_is_the_state_at_the_call(doors: Doors) -> None:
     """With stock stagers and ours, in a thread and in a process; two in a row by one stager."""
-    for n, (kind, make) in enumerate(WAYS):
+    for n, (kind, make) in enumerate(WAYS if doors.ours else WAYS[:3:2]):  # stock stagers through both
         stager = make()
         for again in range(2):
             name = f"{n}-{again}"

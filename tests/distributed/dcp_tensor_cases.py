@@ -74,7 +74,9 @@ def sharded_and_plain_change_places(doors: Doors) -> None:
 
 ONE: list[list[Placement]] = [[Shard(0)], [Replicate()], [Shard(1)]]
 TWO: list[list[Placement]] = [
-    list(pair) for pair in itertools.product((Replicate(), Shard(0), Shard(1)), repeat=2)
+    *(list(pair) for pair in itertools.product((Replicate(), Shard(0)), repeat=2)),
+    [Shard(0), Shard(1)],
+    [Shard(1), Shard(0)],
 ]
 
 
