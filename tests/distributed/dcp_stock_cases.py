@@ -12,7 +12,7 @@ from tests.distributed.in_turn import main
 SCENARIOS: dict[str, Callable[[Path], None]] = {
     **through_both(*dcp_tensor_cases.CASES, *dcp_model_cases.CASES, *dcp_async_cases.CASES),
     **beside_hugging_face(*dcp_tensor_cases.CASES_OF_SAFETENSORS),
-    **{scenario.__name__: scenario for scenario in dcp_fault_cases.CASES},
+    **{scenario.__name__: scenario for scenario in (*dcp_tensor_cases.OWN_CASES, *dcp_fault_cases.CASES)},
 }
 
 if __name__ == "__main__":

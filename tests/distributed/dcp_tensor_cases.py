@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch.distributed._shard import sharded_tensor
 from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed._shard.sharding_spec import ChunkShardingSpec
 from torch.distributed._shard.sharding_spec.api import EnumerableShardingSpec, ShardingSpec
+from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, zeros
@@ -207,6 +210,21 @@ def what_all_ranks_have_is_stored_once(doors: Doors) -> None:
     assert sizes < 2 * 4000 + 8000
 
 
+def stock_code_makes_one_file_of_it(folder: Path) -> None:
+    """Of what all ranks wrote, whichever way it is cut."""
+    whole = torch.arange(5 * 6.0).view(5, 6)
+    ways = [(MESHES[4,], way) for way in ONE] + [(MESHES[2, 2], way) for way in TWO]
+    state = {str(n): distribute_tensor(whole + n, mesh, way) for n, (mesh, way) in enumerate(ways)}
+    Doors(folder, ours=True).save(state)
+    dist.barrier()
+    if RANK == 0:
+        (folder / "whole").mkdir()
+        consolidate_safetensors_files(str(folder / "one"), str(folder / "whole"), dict.fromkeys(state, 1))
+        found = load_file(folder / "whole" / "model-00001-of-00001.safetensors")
+        assert found.keys() == state.keys()
+        assert all(torch.equal(found[name], whole + int(name)) for name in state)
+
+
 CASES = (
     sharded_tensors_reshard,
     rows_become_columns,
@@ -224,3 +242,4 @@ CASES_OF_SAFETENSORS = (
     shards_are_uneven_or_empty,
     tensors_that_cut_themselves,
 )
+OWN_CASES = (stock_code_makes_one_file_of_it,)

@@ -20,11 +20,12 @@ Each scenario runs through the stock doors first, which shows that it is sound, 
 | failures of each step on some ranks, other coordinators | `dcp_fault_cases.py` |
 | planners: strict, partial, sizes, plans kept; nested dicts; keys; `Stateful` in place; to and from `torch.save` | `checkpoint/dcp/test_stock_cases.py`, `test_planners.py` |
 | end to end: order of keys, partial load, fresh optimizer; fine-tuning; experts; pipeline | `dcp_model_cases.py` |
+| Hugging Face files consolidated | `stock_code_makes_one_file_of_it` |
 | Hugging Face files, resharded | `checkpoint/dcp/test_foreign_folders.py`, `..._hugging_face_writes`, `..._hugging_face_reads` |
 
 Not here, for it says nothing of a writer or reader: threads and extensions of `FileSystemWriter` (its files), fsspec
 paths (its file systems), which doors a `checkpoint_id` selects (stock ones only), how the process for async saves finds its
-port, consolidated and quantized files (made by stock code of stock files), CUDA. Planners for process groups are gone from torch.
+port, quantized files, CUDA. Planners for process groups are gone from torch.
 Unlike stock stagers ours keeps no attributes of tensors, and views of one memory are copies of their own: neither is saved.
 """
 
