@@ -131,9 +131,3 @@ def assert_same(left: Any, right: Any) -> None:
     """The same, sharded as they may be; called by all ranks."""
     found = differences(whole(left), whole(right))
     assert not found, found
-
-
-def assert_other(left: Any, right: Any) -> None:
-    """Nothing of it is the same yet, but for what is no tensor; shows that a load has something to do."""
-    one, other = whole(left), whole(right)
-    assert len(differences(one, other)) == len([key for key in one if isinstance(one[key], torch.Tensor)])
