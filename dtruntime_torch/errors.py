@@ -33,6 +33,10 @@ class MissingExtra(DTRuntimeError, ImportError):
 class StorageError(DTRuntimeError, OSError):
     """The storage refused or failed a call; whether the call took effect is unknown."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An OSError that was made of words alone forgets its errno on the way to another process.
+        return type(self), self.args, {**self.__dict__, "errno": self.errno}
+
 
 class NotFound(StorageError, FileNotFoundError):
     """There is nothing at that path."""

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import errno
 import json
+import pickle
 
 import pytest
 
-from dtruntime_torch.errors import DTRuntimeError, SaveFailed, StorageError, from_record, to_record
+from dtruntime_torch.errors import (
+    AlreadyExists,
+    DTRuntimeError,
+    NotFound,
+    SaveFailed,
+    StorageError,
+    UnsuitableStorage,
+    from_record,
+    to_record,
+)
 from dtruntime_torch.membership import HashStore
 from dtruntime_torch.store import decode, encode_error
 from tests.meeting_ranks import barriers, together
@@ -25,6 +35,15 @@ def test_the_errno_of_an_error_reaches_all_ranks():
 
     found = together(barriers(HashStore(), 2), lambda rank: rank.announce("pick", announce))
     assert [(type(error), error.errno) for error in found] == [(StorageError, errno.ENOSPC)] * 2
+
+
+@pytest.mark.parametrize("kind", [StorageError, NotFound, AlreadyExists, UnsuitableStorage])
+def test_the_errno_of_an_error_outlives_a_pickle(kind):
+    error = kind("no room")
+    error.errno = errno.ENOSPC
+    # As torch.distributed sends it to other ranks.
+    found = pickle.loads(pickle.dumps(error))  # noqa: S301  # ours
+    assert (type(found), str(found), found.errno) == (kind, "no room", errno.ENOSPC)
 
 
 def test_an_error_without_errno_arrives_without():

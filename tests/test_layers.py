@@ -66,7 +66,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "checkpoint.save checkpoint.restore",
         "checkpoint.dcp.contents checkpoint.dcp.foreign_header checkpoint.dcp.names_in_folder checkpoint.dcp.payloads checkpoint.dcp.sealed checkpoint.dcp.state_copy checkpoint.dcp.state_paths",
         "checkpoint.dcp.folder checkpoint.dcp.pinned_stager checkpoint.dcp.read_items checkpoint.dcp.write_items",
-        "checkpoint.dcp.commit_folder checkpoint.dcp.foreign_folder checkpoint.dcp.rank_files",
+        "checkpoint.dcp.commit_folder checkpoint.dcp.foreign_folder checkpoint.dcp.place checkpoint.dcp.rank_files",
         "checkpoint.dcp.open_folder checkpoint.dcp.storage_writer",
         "checkpoint.dcp.storage_reader",
     ),

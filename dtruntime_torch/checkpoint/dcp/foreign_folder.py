@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Sequence
 
 from dtruntime_torch.checkpoint.dcp.contents import Contents
@@ -15,7 +16,7 @@ from dtruntime_torch.checkpoint.dcp.foreign_header import ForeignTensor, read_he
 from dtruntime_torch.checkpoint.loading.load_plan import index_parts
 from dtruntime_torch.checkpoint.manifest import FileRef, Part, TensorEntry
 from dtruntime_torch.checkpoint.names import DATA_SUFFIX
-from dtruntime_torch.checkpoint.specs import Extent, digest_length
+from dtruntime_torch.checkpoint.specs import Extent, Shape, digest_length
 from dtruntime_torch.errors import CorruptCheckpoint, Damage, LoadFailed, NotFound, StorageError
 
 _NAME = "foreign"  # in the records; nothing on storage is called so
@@ -34,7 +35,8 @@ async def open_foreign(folder: Folder) -> Contents | None:
         What they hold; None if there are none.
 
     Raises:
-        CorruptCheckpoint: a header does not fit its file, or a file is missing that the index names.
+        CorruptCheckpoint: a header does not fit its file, a file is missing that the index names, or a part of a tensor is
+            in none.
         UnsupportedType: a tensor has a dtype that is unknown here.
     """
     listed = await folder.backend.list(folder.path, "/")
@@ -45,13 +47,7 @@ async def open_foreign(folder: Folder) -> Contents | None:
     if not files:
         return None
     headers = await asyncio.gather(*(read_header(folder.backend, folder.path + name) for name in files))
-    whole: dict[str, tuple[int, ...]] = {}
-    for tensor in (tensor for _, _, tensors in headers for tensor in tensors):
-        ends = tuple(at + size for at, size in zip(tensor.offsets, tensor.shape, strict=True))
-        known = whole.get(tensor.name, ends)
-        if len(known) != len(ends):
-            raise CorruptCheckpoint(f"{folder}: the shards of {tensor.name} have different dimensions")
-        whole[tensor.name] = tuple(map(max, known, ends))
+    whole = _whole_shapes(folder, [tensor for _, _, tensors in headers for tensor in tensors])
     parts = {}
     for number, (name, (size, begin, tensors)) in enumerate(zip(files, headers, strict=True)):
         entries = tuple(_entry(tensor, n, whole[tensor.name]) for n, tensor in enumerate(tensors))
@@ -70,6 +66,28 @@ async def open_foreign(folder: Folder) -> Contents | None:
         raw_bytes=True,
         has_digests=False,
     )
+
+
+def _whole_shapes(folder: Folder, tensors: Sequence[ForeignTensor]) -> dict[str, Shape]:
+    """The shape of each tensor, of which the shards tell only where they lie in it."""
+    whole: dict[str, Shape] = {}
+    boxes: dict[str, set[tuple[Shape, Shape]]] = {}
+    for tensor in tensors:
+        ends = tuple(at + size for at, size in zip(tensor.offsets, tensor.shape, strict=True))
+        known = whole.get(tensor.name, ends)
+        if len(known) != len(ends):
+            raise CorruptCheckpoint(f"{folder}: the shards of {tensor.name} have different dimensions")
+        whole[tensor.name] = tuple(map(max, known, ends))
+        boxes.setdefault(tensor.name, set()).add((tensor.offsets, tensor.shape))
+    for name, shape in whole.items():
+        gap = math.prod(shape) - sum(math.prod(held) for _, held in boxes[name])
+        if gap > 0:
+            # A planner would leave there what the state held before, and say nothing.
+            raise CorruptCheckpoint(
+                f"{folder}: {name}: of its {list(shape)} elements {gap} are in no file; a file of a rank is missing, or "
+                f"who wrote them had several shards of one tensor for one file"
+            )
+    return whole
 
 
 class _Unchecked:

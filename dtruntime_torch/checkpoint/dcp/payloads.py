@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -42,7 +42,9 @@ def encode_payload(data: bytes, fqn: str) -> tuple[Json, bytes | None]:
         UnsupportedType: it holds what cannot be stored without a pickle, or is one; says what to do.
     """
     if _is_torch_file(data):
-        return objects.encode(_load_plain(data, fqn), fqn), None
+        value = _load_plain(data, fqn)
+        _refuse_tensors(value, fqn, set())
+        return objects.encode(value, fqn), None
     if _is_pickle(data):
         raise UnsupportedType(
             f"{fqn}: the planner made a pickle of it, and none is stored; let it hand over the bytes of torch.save, "
@@ -115,6 +117,24 @@ def _is_torch_file(data: bytes) -> bool:
 def _is_pickle(data: bytes) -> bool:
     """Whether they begin and end as pickles do since there are protocols with a mark."""
     return len(data) > 2 and data[0] == 0x80 and 2 <= data[1] <= _NEWEST_PICKLE and data.endswith(b".")
+
+
+def _refuse_tensors(value: object, where: str, seen: set[int], depth: int = 0) -> None:
+    if isinstance(value, torch.Tensor):
+        raise UnsupportedType(
+            f"{where}: a tensor in a tuple, or in anything else that DCP takes as one value, cannot be stored; put it in a "
+            f"dict or a list of the state, and let the planner flatten that (flatten_state_dict=True)"
+        )
+    if depth == objects.MAX_DEPTH or id(value) in seen:
+        return  # what is too deep or contains itself is refused for that
+    if isinstance(value, Mapping):
+        seen.add(id(value))
+        for key, item in value.items():
+            _refuse_tensors(item, f"{where}[{key!r}]", seen, depth + 1)
+    elif isinstance(value, (list, tuple)):
+        seen.add(id(value))
+        for position, item in enumerate(value):
+            _refuse_tensors(item, f"{where}[{position}]", seen, depth + 1)
 
 
 def _load_plain(data: bytes, fqn: str) -> object:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from typing import Any
 
 import torch.distributed as dist
@@ -15,9 +14,10 @@ from dtruntime_torch.checkpoint.dcp.contents import Contents
 from dtruntime_torch.checkpoint.dcp.folder import CheckpointId, Folder, Target, folder_of
 from dtruntime_torch.checkpoint.dcp.names_in_folder import manifest_name
 from dtruntime_torch.checkpoint.dcp.open_folder import open_folder
+from dtruntime_torch.checkpoint.dcp.place import Place
 from dtruntime_torch.checkpoint.dcp.read_items import read_items
 from dtruntime_torch.errors import CorruptCheckpoint, InvalidArgument, LoadFailed, NotFound
-from dtruntime_torch.storage import backend_for, run_sync
+from dtruntime_torch.storage import run_sync
 
 
 class StorageReader(TorchStorageReader):
@@ -46,26 +46,15 @@ class StorageReader(TorchStorageReader):
 
     def __init__(self, target: Target | None = None) -> None:
         super().__init__()
-        if target is not None:
-            backend_for(target)
-        self._target = target
-        self._checkpoint_id: CheckpointId = None
-        self._load_id = secrets.token_hex(16)
-        self._contents: Contents | None = None
+        self._place: Place[Contents] = Place(target)
 
     def reset(self, checkpoint_id: CheckpointId = None) -> None:
-        if checkpoint_id is not None:
-            self._checkpoint_id = checkpoint_id
-        self._load_id = secrets.token_hex(16)
-        self._contents = None
+        self._place.begin(checkpoint_id)
 
     @property
     def checkpoint_id(self) -> CheckpointId:
         """The folder that is read, for DCP's log."""
-        try:
-            return str(self._folder())
-        except InvalidArgument:
-            return None
+        return self._place.name
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Reads and checks manifest and parts.
@@ -76,12 +65,12 @@ class StorageReader(TorchStorageReader):
             CheckpointNotFound: there is no checkpoint.
             CorruptCheckpoint: it is damaged.
         """
-        solo, folder = kwargs.get("rank"), self._folder()
+        solo, folder = kwargs.get("rank"), self._place.folder
         if solo is not None and run_sync(_has_manifest(folder)):
             solo = None  # what is wrong with the checkpoint of all is no reason to take another one
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         metadata = run_sync(open_folder(folder, solo, rank)).metadata()
-        metadata.storage_meta = StorageMeta(checkpoint_id=self.checkpoint_id, load_id=self._load_id)
+        metadata.storage_meta = StorageMeta(checkpoint_id=self.checkpoint_id, load_id=self._place.id)
         return metadata
 
     def set_up_storage_reader(
@@ -89,7 +78,7 @@ class StorageReader(TorchStorageReader):
     ) -> None:
         if not isinstance(metadata.storage_data, Contents):
             raise InvalidArgument("the metadata is not what this reader read")
-        self._contents = metadata.storage_data
+        self._place.opened = metadata.storage_data
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         return plan
@@ -98,9 +87,10 @@ class StorageReader(TorchStorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        if self._contents is None:
-            raise InvalidArgument("set_up_storage_reader comes first")
-        run_sync(_read(self._contents, plan, planner))
+        contents = self._place.opened
+        if contents is None:
+            raise InvalidArgument("set_up_storage_reader comes first, in the same thread")
+        run_sync(_read(contents, plan, planner))
         future: Future[None] = Future()
         future.set_result(None)
         return future
@@ -112,9 +102,6 @@ class StorageReader(TorchStorageReader):
         except InvalidArgument:
             return False
         return True
-
-    def _folder(self) -> Folder:
-        return folder_of(self._target, self._checkpoint_id)
 
 
 async def _read(contents: Contents, plan: LoadPlan, planner: LoadPlanner) -> None:

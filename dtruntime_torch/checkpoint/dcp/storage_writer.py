@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,15 +13,16 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from dtruntime_torch.checkpoint.dcp.commit_folder import Save, commit, open_save
-from dtruntime_torch.checkpoint.dcp.folder import CheckpointId, Folder, Target, folder_of, view_of_save
+from dtruntime_torch.checkpoint.dcp.folder import CheckpointId, Target, folder_of, view_of_save
 from dtruntime_torch.checkpoint.dcp.names_in_folder import attempt_of
+from dtruntime_torch.checkpoint.dcp.place import Place
 from dtruntime_torch.checkpoint.dcp.rank_files import write_file
 from dtruntime_torch.checkpoint.dcp.state_paths import KEY, planner_data_to_json
 from dtruntime_torch.checkpoint.dcp.write_items import ShardFile, files_needed, resolve
 from dtruntime_torch.checkpoint.manifest import PartRef
 from dtruntime_torch.counts import check_count
 from dtruntime_torch.errors import InvalidArgument, SaveFailed
-from dtruntime_torch.storage import backend_for, run_sync
+from dtruntime_torch.storage import run_sync
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,8 @@ class StorageWriter(TorchStorageWriter):
     """Writes a checkpoint of `torch.distributed.checkpoint` to a folder.
 
     The folder is the checkpoint, and `manifest.json` in it, which comes last and in one step, makes it one. Its files open
-    with stock safetensors, and load with stock `HuggingFaceStorageReader`. No pickle is stored.
+    with stock safetensors, and load with stock `HuggingFaceStorageReader`. No pickle is stored. Several threads may save
+    through one writer at once, each to a folder of its own.
 
     Args:
         target: a path, a URL, or a storage. In a storage the `checkpoint_id` given to DCP is the path of the folder;
@@ -81,32 +82,21 @@ class StorageWriter(TorchStorageWriter):
     ) -> None:
         super().__init__()
         check_count("chunk_bytes", chunk_bytes, 1, 1 << 30)
-        if target is not None:
-            backend_for(target)
-        self._target = target
-        self._checkpoint_id: CheckpointId = None
+        self._place: Place[Save] = Place(target)
         self._overwrite = overwrite
         self._chunk_bytes = chunk_bytes
-        self._save_id = secrets.token_hex(16)
-        self._save: Save | None = None
 
     def reset(self, checkpoint_id: CheckpointId = None) -> None:
-        if checkpoint_id is not None:
-            self._checkpoint_id = checkpoint_id
-        self._save_id = secrets.token_hex(16)
-        self._save = None
+        self._place.begin(checkpoint_id)
 
     @property
     def checkpoint_id(self) -> CheckpointId:
         """The folder that is written to, for DCP's log."""
-        try:
-            return str(self._folder())
-        except InvalidArgument:
-            return None
+        return self._place.name
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         rank = None if kwargs.get("use_collectives", True) else kwargs.get("rank")
-        self._save = run_sync(open_save(self._folder(), rank, self._overwrite))
+        self._place.opened = run_sync(open_save(self._place.folder, rank, self._overwrite))
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan
@@ -148,7 +138,7 @@ class StorageWriter(TorchStorageWriter):
         metadata.storage_meta = self.storage_meta()
 
     def storage_meta(self) -> StorageMeta:
-        return StorageMeta(checkpoint_id=self.checkpoint_id, save_id=self._save_id)
+        return StorageMeta(checkpoint_id=self.checkpoint_id, save_id=self._place.id)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: CheckpointId) -> bool:
@@ -168,13 +158,11 @@ class StorageWriter(TorchStorageWriter):
             nbytes += sum(entry.nbytes for entry in shard.part.tensors)
         return WrittenParts(save.number, numbers.total, tuple(refs), nbytes)
 
-    def _folder(self) -> Folder:
-        return folder_of(self._target, self._checkpoint_id)
-
     def _opened(self) -> Save:
-        if self._save is None:
-            raise InvalidArgument("set_up_storage_writer comes first")
-        return self._save
+        save = self._place.opened
+        if save is None:
+            raise InvalidArgument("set_up_storage_writer comes first, in the same thread")
+        return save
 
 
 def _nbytes_of(files: Sequence[ShardFile], fqn: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter, OrderedDict
 
 import torch
@@ -19,6 +20,8 @@ def register_codecs() -> None:
     # MultiStepLR keeps its milestones in one.
     register_codec(Counter, "collections.Counter", dict, _counter_of)
     register_codec(OrderedDict, "collections.OrderedDict", dict, _ordered_dict_of)
+    # What a module made with torch.save for itself, as Transformer Engine's extra state is.
+    register_codec(io.BytesIO, "io.BytesIO", lambda stream: [stream.getvalue(), stream.tell()], _stream_of)
     register_codec(Wrapping, "dtruntime.Wrapping", Wrapping.stored, wrapping_of)
     register_numpy()
 
@@ -40,6 +43,15 @@ def _counter_of(counts: object) -> Counter[object]:
     if not isinstance(counts, dict):
         raise TypeError(f"{counts!r} is no dict of counts")
     return Counter(counts)
+
+
+def _stream_of(held: object) -> io.BytesIO:
+    data, position = held if isinstance(held, list) and len(held) == 2 else (None, None)
+    if type(data) is not bytes or type(position) is not int:
+        raise TypeError("it is no pair of bytes and a position")
+    stream = io.BytesIO(data)
+    stream.seek(position)
+    return stream
 
 
 def _ordered_dict_of(items: object) -> OrderedDict[object, object]:

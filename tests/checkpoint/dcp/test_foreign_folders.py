@@ -33,6 +33,13 @@ def write_header(path: Path, table: dict[str, Any], data: bytes = b"") -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
+def write_shards(folder: Path, whole: torch.Tensor, *rows: tuple[int, int]) -> None:
+    for n, (first, last) in enumerate(rows):
+        info = json.dumps({"w": {"saved_offsets": [first, 0]}})
+        shard = {"w": whole[first:last].contiguous()}
+        save_file(shard, folder / f"{n}.safetensors", {"DCP_SHARDING_INFO": info})
+
+
 @pytest.mark.parametrize("distributed", [False, True])
 def test_what_the_stock_writer_wrote_loads(tmp_path: Path, distributed: bool) -> None:
     save(make_state(), HuggingFaceStorageWriter(str(tmp_path), save_distributed=distributed))  # type: ignore[arg-type]
@@ -67,12 +74,22 @@ def test_only_the_files_that_an_index_names_are_read(tmp_path: Path) -> None:
 
 def test_shards_of_one_tensor_in_several_files_are_put_together(tmp_path: Path) -> None:
     whole = torch.arange(24).reshape(6, 4)
-    for n, (first, last) in enumerate([(0, 1), (1, 4), (4, 6)]):
-        info = json.dumps({"w": {"saved_offsets": [first, 0]}})
-        save_file(
-            {"w": whole[first:last].contiguous()}, tmp_path / f"{n}.safetensors", {"DCP_SHARDING_INFO": info}
-        )
+    write_shards(tmp_path, whole, (0, 1), (1, 4), (4, 6))
     assert torch.equal(load({"w": torch.zeros_like(whole)}, tmp_path)["w"], whole)
+
+
+def test_a_tensor_of_which_a_shard_is_missing_is_refused(tmp_path: Path) -> None:
+    whole = torch.arange(24).reshape(6, 4)
+    write_shards(tmp_path, whole, (0, 1), (4, 6))
+    with refused_to_read(r"w: of its \[6, 4\] elements 12 are in no file"):
+        load({"w": torch.zeros_like(whole)}, tmp_path)
+
+
+def test_a_shard_that_is_there_twice_fills_no_gap(tmp_path: Path) -> None:
+    whole = torch.arange(24).reshape(6, 4)
+    write_shards(tmp_path, whole, (0, 3), (4, 6), (0, 3))
+    with refused_to_read("w: of its .* 4 are in no file"):
+        load({"w": torch.zeros_like(whole)}, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", sorted(name for name in _DTYPES if safetensors_code(name)))

@@ -210,8 +210,14 @@ def test_a_trap_in_the_state_itself_is_not_sprung_by_saving_it(tmp_path: Path, t
 
 
 def test_a_tensor_in_a_tuple_is_refused_by_name(tmp_path: Path) -> None:
-    with refused(UnsupportedType, r"x\[0\]"):
+    with refused(UnsupportedType, r"x\[0\]: a tensor in .* put it in a dict or a list"):
         save({"x": (torch.ones(2), 3)}, tmp_path / "one")
+
+
+def test_a_tensor_that_a_planner_does_not_take_apart_is_refused_by_name(tmp_path: Path) -> None:
+    planner = DefaultSavePlanner(flatten_state_dict=False)
+    with refused(UnsupportedType, r"x\['a'\]\[1\]: a tensor in .* let the planner flatten"):
+        save({"x": {"a": [1, torch.ones(2)]}}, tmp_path / "one", planner=planner)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections import Counter
 from typing import Any
@@ -45,6 +46,23 @@ def test_a_counter_of_names_comes_back_as_one():
     assert isinstance(loaded, dict)
     assert (type(loaded["a"]), type(loaded["b"][0])) == (Counter, Counter)
     assert loaded == {"a": {"x": 2}, "b": [{"y": 1}]}
+
+
+def test_a_stream_of_bytes_comes_back_where_it_stood():
+    stream = io.BytesIO(b"some bytes")
+    stream.seek(5)
+    loaded = load_fresh(save({"a": stream}))
+    assert isinstance(loaded, dict) and type(loaded["a"]) is io.BytesIO
+    assert (loaded["a"].getvalue(), loaded["a"].tell()) == (b"some bytes", 5)
+    assert stream.tell() == 5
+
+
+@pytest.mark.parametrize(
+    "held", [None, "text", ["text", 0], [[1], 0], [{"~": "bytes", "v": ""}, -1]], ids=repr
+)
+def test_what_is_no_stream_of_bytes_is_refused(held):
+    with pytest.raises(CorruptCheckpoint, match="not a io.BytesIO"):
+        objects.decode({"~": "io.BytesIO", "v": held}, "state")
 
 
 SCALARS = {
