@@ -66,14 +66,12 @@ class CheckpointManager:
         consistency: "optimizer": `save_async` returns while the parameters and states of optimizers are still copied,
             and the next step of an optimizer waits for what is missing; everything else is copied before it returns.
             "immediate": all is. That is for loops that change parameters by other means than `optimizer.step()`.
-        paranoid: digests what is copied late from host memory at the call, too, which costs one read, so that no change
-            in between can be saved, whoever made it. On devices this is always so.
+        paranoid: digests what is copied late from host memory at the call, too, for one more read: no change is saved.
         on_busy: what becomes of a `save_async` that finds the one before it under way on any rank: "wait" for that
             one, or "skip" it on all ranks, whose handles raise SaveSkipped.
         door_timeout: seconds that a step waits for what is still to be copied. Then it goes on, and that save fails.
         timeout: seconds after which a wait for other ranks is given up, with an error that names them.
-        process_group: the ranks that save together; None for all, or for this process alone where
-            torch.distributed is not initialised.
+        process_group: the ranks that save together; None for all, or this process alone without torch.distributed.
         store: a Store that these ranks share; None for the one that the process group was made with.
 
     Raises:
@@ -172,8 +170,8 @@ class CheckpointManager:
         With `consistency="optimizer"` what optimizers own may still be read when this returns, and their next steps
         wait for that. A loop that changes it by other means chooses "immediate", or calls `before_update` first.
 
-        Waits first for a save that is still under way. A failure of that one, if nobody asked for its result, is
-        told as `on_failure` says; a CommitConflict is raised, since no later save can succeed.
+        Waits first for a save that is under way. A failure that nobody asked for is told as `on_failure` says; a
+        CommitConflict is raised, since no later save can succeed.
 
         Args:
             state: `{name: module | optimizer | anything with state_dict | value}`, a plain (nested) state dict, or
@@ -189,7 +187,7 @@ class CheckpointManager:
             InvalidArgument: the step does not rise, or an argument is of the wrong kind.
             UnsupportedType: the state holds something that cannot be stored, named by its key.
             CommitConflict: another job committed here since this manager loaded; nothing was written.
-            BarrierTimeout: ranks did not take part, before the first save of a structure.
+            BarrierTimeout: ranks did not take part, or the save before this one still goes on after `timeout`.
         """
         self._check_open()
         return self._saver.start(state, step, metadata)
@@ -209,7 +207,8 @@ class CheckpointManager:
         """Names tensors that the loop changes by itself, having called `before_update`: these are copied late, too.
 
         Args:
-            tensors: of any shape, as they are in the state; for all saves to come. They are not kept alive.
+            tensors: of any shape, for all saves to come. They are not kept alive: give the parameters themselves, not
+                what a `state_dict()` made of them.
 
         Raises:
             InvalidArgument: one is no tensor.
@@ -222,7 +221,7 @@ class CheckpointManager:
         self._saver.lateness.defer(tensors)
 
     def before_update(self) -> None:
-        """Returns when no save reads what this thread, or its current stream, changes next; at once if none does.
+        """Returns when no save of this manager reads what this thread, or its current stream, changes next.
 
         It raises nothing. What takes longer than `door_timeout` is given up, as before the step of an optimizer.
         """
@@ -269,7 +268,7 @@ class CheckpointManager:
             LoadFailed: some rank could not read it, or not fill its state.
             StorageError: no rank could read it.
 
-            Nothing was changed, unless the message says that tensors of the state hold bytes of what could not be loaded.
+            Nothing was changed, unless the message says that the state holds parts of what could not be loaded.
         """
         self._check_open()
         if isinstance(state, bytes):
@@ -375,7 +374,8 @@ class CheckpointManager:
             DTRuntimeError: that save failed.
         """
         if not self._closed:
-            with self._saver.alone():  # a handler or callback that is refused here leaves it open
+            with self._saver.alone():
+                self._saver.wait()  # what is refused here, or takes too long, leaves it open
                 self._closed = True
             self._saver.close()
 
@@ -390,7 +390,7 @@ class CheckpointManager:
         except Exception as failure:
             if error is None:
                 raise
-            # What went wrong in the body is what the user has to see.
+            # The user has to see what went wrong in the body.
             logger.error("the last save failed: %s", failure)
 
     def _check_open(self) -> None:

@@ -7,6 +7,7 @@ run: whoever reads it is asked here before the step goes on. What else a trainin
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import weakref
@@ -23,6 +24,8 @@ from dtruntime_torch.checkpoint.state.wrappers import innermost
 
 # A compiled function that holds `optimizer.step()` as a whole cannot be interrupted for the door, and torch says so.
 _COMPILED = "a checkpoint may still be read: compile optimizer.step, or save with consistency='immediate'"
+
+logger = logging.getLogger(__name__)
 
 _PLAIN = (torch.nn.Parameter, torch.Tensor)
 
@@ -56,14 +59,23 @@ class OwnedMemory:
         >>> owned = OwnedMemory([torch.optim.SGD([weight])])
         >>> weight.detach() in owned, weight.detach()[2:4] in owned, torch.zeros(8, 4096) in owned
         (True, True, False)
+
+    Attributes:
+        unknown: some of the optimizers change memory, too, of which nothing can be known.
     """
 
     def __init__(self, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
+        self.unknown = False
         # address of a storage -> first byte of a tensor in it -> behind its last
         self._stops: dict[int, dict[int, int]] = {}
         for optimizer in optimizers:
-            for tensor in _tensors_of(optimizer):
-                self.add(tensor)
+            try:
+                for tensor in _tensors_of(optimizer):
+                    self.add(tensor)
+            except Exception as error:
+                # An optimizer and its tensors may be anything, and training goes on whatever they are.
+                logger.debug("what a %s owns is not known: %s", type(optimizer).__qualname__, error)
+                self.unknown = True
 
     def add(self, tensor: torch.Tensor) -> None:
         """Adds the memory of a tensor, if it is on this rank. Where that is in several pieces, or small, only its storage is known."""
@@ -90,7 +102,9 @@ class OwnedMemory:
         return self._stops.keys()
 
     def leave_out(self, other: OwnedMemory) -> None:
-        """Takes all storages away in which other memory lies."""
+        """Takes all storages away in which other memory lies; all there are, if that is not known."""
+        if other.unknown:
+            self._stops.clear()
         for storage in other.storages:
             self._stops.pop(storage, None)
 
@@ -110,8 +124,10 @@ class Door:
         self._lock = threading.RLock()
         # By id, for an optimizer may compare equal to another, or have no hash.
         self._known: weakref.WeakValueDictionary[int, torch.optim.Optimizer] = weakref.WeakValueDictionary()
-        # Those that have come by and not gone on yet: what they own changes without another question.
+        # Those that have come by and not gone on yet: what they own changes without another question. A step may call that
+        # of its base class, which comes by as well.
         self._inside: weakref.WeakValueDictionary[int, torch.optim.Optimizer] = weakref.WeakValueDictionary()
+        self._depths: dict[int, int] = {}
         self._readers: dict[int, Reader] = {}
         os.register_at_fork(after_in_child=self._forget)
 
@@ -172,22 +188,32 @@ class Door:
     def _come_by(self, optimizer: torch.optim.Optimizer) -> None:
         with self._lock:
             self._known[id(optimizer)] = optimizer
+            depth = self._depths.get(id(optimizer), 0) if self._inside.get(id(optimizer)) is optimizer else 0
             # Before it is known who reads: whoever begins to read later finds it inside.
             self._inside[id(optimizer)] = optimizer
+            # Deeper than its classes go it is no call within a call: the step before raised, and nobody came out.
+            self._depths[id(optimizer)] = 1 if depth >= _most_depth(optimizer) else depth + 1
             alone, readers = len(self._known) == 1, list(self._readers.values())
         if _is_capturing():
             self.bypassed = True
         if readers:
             # Of a single optimizer is all that is read, as a rule, so there is nothing to be looked up.
             alone = alone and not any(reader.reads_others for reader in readers)
-            storages = None if alone else OwnedMemory([optimizer]).storages
+            memory = None if alone else OwnedMemory([optimizer])
             for reader in readers:
-                reader.before_step(storages)
+                if memory is not None and memory.unknown:
+                    reader.before_update()
+                else:
+                    reader.before_step(None if memory is None else memory.storages)
 
     def _go_on(self, optimizer: torch.optim.Optimizer) -> None:
         # One whose step raised stays inside until its next has ended, which costs lateness and nothing else.
         with self._lock:
-            self._inside.pop(id(optimizer), None)
+            depth = self._depths.pop(id(optimizer), 1) - 1
+            if depth > 0:
+                self._depths[id(optimizer)] = depth
+            else:
+                self._inside.pop(id(optimizer), None)
 
     def _forget(self) -> None:
         """In a forked child: nothing is read here."""
@@ -210,6 +236,11 @@ def _put_first(handle: RemovableHandle) -> None:
     hooks = handle.hooks_dict_ref()
     assert hooks is not None, "torch has given up its global hooks"
     hooks.move_to_end(handle.id, last=False)
+
+
+def _most_depth(optimizer: torch.optim.Optimizer) -> int:
+    """How many of its classes have a step of their own that calls hooks."""
+    return sum(getattr(vars(kind).get("step"), "hooked", False) for kind in type(optimizer).__mro__)
 
 
 def storage_of(tensor: torch.Tensor) -> int:

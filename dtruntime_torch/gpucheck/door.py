@@ -12,6 +12,7 @@ import torch
 
 from dtruntime_torch.checkpoint.door import DOOR
 from dtruntime_torch.checkpoint.flatten import FlatState, flatten_state
+from dtruntime_torch.checkpoint.saving.failures import tear_in
 from dtruntime_torch.checkpoint.saving.handle import SaveHandle
 from dtruntime_torch.checkpoint.staging.device import as_bytes
 from dtruntime_torch.errors import SaveFailed
@@ -23,7 +24,6 @@ from dtruntime_torch.gpucheck.loop import Loop
 from dtruntime_torch.gpucheck.saves import Save, by_manager, no_save
 from dtruntime_torch.gpucheck.sizes import Sizes
 from dtruntime_torch.gpucheck.staging import TIMEOUT, as_they_were
-from dtruntime_torch.gpucheck.tears import tear_in
 from dtruntime_torch.gpucheck.trainees import Averaged, InBackward, Scaled, Stepped, Trainee
 from dtruntime_torch.gpucheck.training import lacks_room
 from dtruntime_torch.manager import CheckpointManager

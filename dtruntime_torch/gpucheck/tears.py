@@ -9,9 +9,10 @@ from typing import cast
 import torch
 
 from dtruntime_torch import _C
+from dtruntime_torch.checkpoint.saving.failures import tear_in
 from dtruntime_torch.checkpoint.staging.device import Device, as_bytes
 from dtruntime_torch.checkpoint.staging.stager import Stager, Staging
-from dtruntime_torch.errors import SaveFailed, TornSnapshot
+from dtruntime_torch.errors import SaveFailed
 from dtruntime_torch.gpucheck.comparison import in_turns, medians
 from dtruntime_torch.gpucheck.device import Bench, on_host, random_bytes
 from dtruntime_torch.gpucheck.findings import Check, same_digests
@@ -110,13 +111,6 @@ def behind_the_guard(bench: Bench, tensors: Tensors, number: int) -> Check:
         tear, said = tear_in(failure), str(failure)
     named = tear is not None and str(tear).startswith(f"{name} did not arrive from {bench.torch_device} ")
     return Check(f"tear/{name} overwritten behind the guard", named, said)
-
-
-def tear_in(error: BaseException | None) -> TornSnapshot | None:
-    """The tear that is behind a failed save, if it is one."""
-    while error is not None and not isinstance(error, TornSnapshot):
-        error = error.__cause__
-    return error
 
 
 def early_before_late(bench: Bench, sizes: Sizes) -> Check:

@@ -16,6 +16,7 @@ from dtruntime_torch.checkpoint.dcp.names_in_folder import manifest_name
 from dtruntime_torch.checkpoint.dcp.open_folder import open_folder
 from dtruntime_torch.checkpoint.dcp.place import Place
 from dtruntime_torch.checkpoint.dcp.read_items import read_items
+from dtruntime_torch.checkpoint.door import DOOR
 from dtruntime_torch.errors import CorruptCheckpoint, InvalidArgument, LoadFailed, NotFound
 from dtruntime_torch.storage import run_sync
 
@@ -90,6 +91,8 @@ class StorageReader(TorchStorageReader):
         contents = self._place.opened
         if contents is None:
             raise InvalidArgument("set_up_storage_reader comes first, in the same thread")
+        # What is filled a manager may still save.
+        DOOR.before_update()
         run_sync(_read(contents, plan, planner))
         future: Future[None] = Future()
         future.set_result(None)

@@ -25,7 +25,8 @@ class SaveMetrics:
         wait_seconds: how long the call waited for the save before it.
         staging_seconds: how long it took until all was copied and digested, in the background for the most part.
         call_seconds: how long the call took altogether, waiting included.
-        door_seconds: how long steps of optimizers, and `before_update`, waited for what was still to be copied.
+        door_seconds: how long steps of optimizers, and `before_update`, waited for what was still to be copied; of what
+            lies on a device only the host's share, not how long its stream waits.
         writing_seconds: how long making the part durable took, in the background.
         commit_seconds: how long waiting for the other ranks and committing took, in the background.
     """

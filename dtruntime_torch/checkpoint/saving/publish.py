@@ -12,6 +12,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
@@ -168,6 +169,9 @@ class Publisher:
             CommitConflict: another job committed in this place, or replaced this one.
             CommitUnknown: storage never said whether the commit took effect; nothing is deleted.
         """
+        with suppress(Exception):
+            # Nothing else comes before it, for steps wait as long. What it fails with is told where its part is due.
+            snapshot.capture.wait(self._members.barrier.timeout)
         self._clean_up()
         key, attempt, delta = snapshot.key, snapshot.attempt, snapshot.delta
         tries = Tries(self._policies.retry)
@@ -271,10 +275,10 @@ class Publisher:
             if error.decided:
                 self._give_back(tried.attempt)
             raise
-        except SaveFailed:
+        except SaveFailed as error:
             # The leader declined, so there will be no commit.
             self._give_back(tried.attempt)
-            raise
+            raise error from tried.failure
         except Exception:
             # Nobody knows whether the leader came to the commit: this step is not tried again.
             self._lineage.last_step = snapshot.step

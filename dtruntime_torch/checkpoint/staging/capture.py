@@ -7,7 +7,6 @@ the user has deferred, who asks by `before_update`. All else is taken before.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from dtruntime_torch.checkpoint.specs import digest_length
 from dtruntime_torch.checkpoint.staging.device import in_one_piece
 from dtruntime_torch.checkpoint.staging.stager import Staging
 from dtruntime_torch.checkpoint.staging.watch import Watch
-from dtruntime_torch.errors import BarrierTimeout, DTRuntimeError, SaveFailed, TornSnapshot
+from dtruntime_torch.errors import BarrierTimeout, SaveFailed, TornSnapshot
 
 logger = logging.getLogger(__name__)
 
@@ -120,13 +119,15 @@ class Capture:
         self._numbers = late.numbers
         self._patience = patience.seconds
         self._metrics = metrics
-        self._lock = threading.Lock()
-        self._torn: TornSnapshot | None = None
         self._given_up = ""
+        self._failure: Exception | None = None
         self._digests: bytes | None = None
         self._cancelled = False
         on_host = {number: tensors[number] for number in self._numbers if tensors[number].is_cpu}
         self._watch = Watch(on_host, chunk_bytes, patience.paranoid)
+
+    def stand_at_the_door(self) -> None:
+        """From now on it is asked before steps, if anything is late."""
         if self._numbers:
             DOOR.hold(self)
 
@@ -180,16 +181,19 @@ class Capture:
             BarrierTimeout: it takes too long. It was cancelled.
             SaveFailed: a device failed, or the save was given up.
             TornSnapshot: something was changed before it was read; it is named.
+
+            The same once more, when it is asked again.
         """
+        if self._failure is not None:
+            raise self._failure
         if self._digests is None:
             try:
                 digests = self._staging.wait(timeout, help)
                 self._check(digests)
-            except BaseException as error:
-                self.cancel(self._patience)
-                if self._given_up:
-                    raise SaveFailed(self._given_up) from error
-                raise
+            except Exception as error:
+                self._failure = self._reason(error)
+                self._give_up()
+                raise self._failure from error.__cause__
             DOOR.let_go(self)
             self._tell()
             self._digests = digests
@@ -198,6 +202,7 @@ class Capture:
     def cancel(self, timeout: float | None = None) -> None:
         """As `Staging.cancel`."""
         DOOR.let_go(self)
+        self._watch.forget()
         self._staging.cancel(timeout)
         self._cancelled = True
 
@@ -208,35 +213,35 @@ class Capture:
         try:
             self._staging.before_overwrite(numbers, self._patience)
         except BarrierTimeout as error:
-            self._given_up = f"{who} waited {self._patience:g} s for this save, which is given up: {error}"
-            logger.error(self._given_up)
-            self._give_up()
-        except DTRuntimeError as error:
-            logger.error("%s goes on, and this save fails: %s", who, error)
+            self._open_for(f"{who} waited {self._patience:g} s for this save, which is given up: {error}")
+        except Exception as error:
+            self._open_for(f"{who} could not wait for this save, which is given up: {error}")
         finally:
             self._metrics.door_seconds += time.perf_counter() - began
-        self._note_tears(numbers)
+        self._watch.let_go(numbers)
+
+    def _open_for(self, reason: str) -> None:
+        """Whatever keeps a step from waiting, it goes on, and what it changes is not saved."""
+        self._given_up = self._given_up or reason
+        logger.error("%s", reason)
+        self._give_up()
 
     def _give_up(self) -> None:
         try:
-            self._staging.cancel(self._patience)
+            self.cancel(self._patience)
         except BarrierTimeout as error:
             # What a device still copies into the arena nobody will commit: the staging is cancelled all the same.
             logger.error("a device does not end what it copies: %s", error)
 
-    def _note_tears(self, numbers: Sequence[int]) -> None:
-        """Looks a last time at memory that may be changed from now on."""
-        with self._lock:
-            moved = self._watch.let_go(numbers)
-            if moved and self._torn is None:
-                self._torn = self._tear(moved, "torch counts a change of it, or it gave its memory back")
+    def _reason(self, error: Exception) -> Exception:
+        return SaveFailed(self._given_up) if self._given_up else error
 
     def _check(self, digests: bytes) -> None:
-        self._note_tears(self._numbers)
+        self._watch.let_go(self._numbers)
         if self._given_up:
             raise SaveFailed(self._given_up)
-        if self._torn is not None:
-            raise self._torn
+        if self._watch.moved:
+            raise self._tear(self._watch.moved, "torch counts a change of it, or it gave its memory back")
         starts = accumulate(self._lengths, initial=0)
         arrived = {number: digests[a:b] for number, (a, b) in enumerate(pairwise(starts))}
         if differing := self._watch.differ(arrived):

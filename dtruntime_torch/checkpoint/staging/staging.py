@@ -90,7 +90,13 @@ def begin(
     staging = stager.start(pairs, only_changed, names, late.numbers)
     try:
         memoryview(stager.arena)[: len(layout.header)] = layout.header
-        return Capture(staging, sources, names, late, patience, stager.chunk_bytes, metrics)
+        capture = Capture(staging, sources, names, late, patience, stager.chunk_bytes, metrics)
     except BaseException:
         staging.cancel()
         raise
+    try:
+        capture.stand_at_the_door()
+    except BaseException:
+        capture.cancel()
+        raise
+    return capture

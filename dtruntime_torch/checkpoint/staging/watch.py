@@ -16,7 +16,7 @@ from dtruntime_torch import ops  # noqa: F401  # registers torch.ops.dtruntime
 
 
 class Watch:
-    """Of some tensors, from now on until each is let go.
+    """Of some tensors, from now on until each is let go, by any thread, and by a signal handler too: it has no lock.
 
     Args:
         tensors: plain contiguous ones in host memory, by number.
@@ -27,13 +27,18 @@ class Watch:
         >>> weight = torch.zeros(4)
         >>> watch = Watch({7: weight}, chunk_bytes=4096)
         >>> _ = weight.add_(1)
-        >>> watch.let_go([7]), watch.let_go([7])
-        ([7], [])
+        >>> watch.let_go([7])
+        >>> watch.moved
+        [7]
+
+    Attributes:
+        moved: those that had changed when they were let go.
     """
 
     def __init__(
         self, tensors: Mapping[int, torch.Tensor], chunk_bytes: int, by_digest: bool = False
     ) -> None:
+        self.moved: list[int] = []
         self._before = {number: (tensor, _state_of(tensor)) for number, tensor in tensors.items()}
         self._digests = {
             number: torch.ops.dtruntime.digest(tensor, chunk_bytes).numpy().tobytes()
@@ -41,10 +46,22 @@ class Watch:
             if by_digest
         }
 
-    def let_go(self, numbers: Collection[int]) -> list[int]:
-        """From now on these may change; says which of them did already."""
-        watched = [(number, self._before.pop(number)) for number in numbers if number in self._before]
-        return [number for number, (tensor, before) in watched if _state_of(tensor) != before]
+    def let_go(self, numbers: Collection[int]) -> None:
+        """From now on these may change; notes which of them did already."""
+        for number in numbers:
+            entry = self._before.get(number)
+            if entry is None:
+                continue
+            tensor, before = entry
+            # As long as it is there nobody has let it go, so a change that was just seen was not allowed. And it is noted
+            # before it is let go, so that who finds it gone finds the note.
+            if _state_of(tensor) != before and number in self._before:
+                self.moved.append(number)
+            self._before.pop(number, None)
+
+    def forget(self) -> None:
+        """Keeps none of the tensors any longer."""
+        self._before.clear()
 
     def differ(self, arrived: Mapping[int, bytes]) -> list[int]:
         """Says of which tensors something else arrived than was there.

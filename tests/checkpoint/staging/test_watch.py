@@ -13,14 +13,16 @@ def test_memory_that_a_storage_gave_back_is_a_change(nbytes):
     weight = torch.zeros(4096)
     watch = Watch({3: weight, 5: torch.zeros(4)}, chunk_bytes=4096)
     weight.untyped_storage().resize_(nbytes)
-    assert watch.let_go([3, 5]) == [3]
+    watch.let_go([3, 5])
+    assert watch.moved == [3]
 
 
 def test_another_storage_under_the_same_parameter_is_none():
     weight = torch.nn.Parameter(torch.zeros(4096))
     watch = Watch({3: weight.detach()}, chunk_bytes=4096)
     weight.data = torch.ones(4096)
-    assert watch.let_go([3]) == []
+    watch.let_go([3])
+    assert watch.moved == []
 
 
 def test_a_tensor_of_inference_mode_is_watched_too():
@@ -28,4 +30,14 @@ def test_a_tensor_of_inference_mode_is_watched_too():
         weight = torch.zeros(4096)
     watch = Watch({3: weight, 5: torch.zeros(4)}, chunk_bytes=4096)
     weight.untyped_storage().resize_(0)
-    assert watch.let_go([3, 5]) == [3]
+    watch.let_go([3, 5])
+    assert watch.moved == [3]
+
+
+def test_a_change_after_somebody_let_go_is_none():
+    weight = torch.zeros(4096)
+    watch = Watch({3: weight}, chunk_bytes=4096)
+    watch.let_go([3])
+    weight.add_(1)
+    watch.let_go([3])
+    assert watch.moved == []
