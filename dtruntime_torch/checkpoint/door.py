@@ -7,6 +7,7 @@ run: whoever reads it is asked here before the step goes on. What else a trainin
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import threading
@@ -26,6 +27,8 @@ from dtruntime_torch.checkpoint.state.wrappers import innermost
 _COMPILED = "a checkpoint may still be read: compile optimizer.step, or save with consistency='immediate'"
 
 logger = logging.getLogger(__name__)
+
+_OPTIMIZER_FILE = torch.optim.Optimizer.profile_hook_step.__code__.co_filename
 
 _PLAIN = (torch.nn.Parameter, torch.Tensor)
 
@@ -188,11 +191,11 @@ class Door:
     def _come_by(self, optimizer: torch.optim.Optimizer) -> None:
         with self._lock:
             self._known[id(optimizer)] = optimizer
-            depth = self._depths.get(id(optimizer), 0) if self._inside.get(id(optimizer)) is optimizer else 0
+            was_inside = self._inside.get(id(optimizer)) is optimizer
             # Before it is known who reads: whoever begins to read later finds it inside.
             self._inside[id(optimizer)] = optimizer
-            # Deeper than its classes go it is no call within a call: the step before raised, and nobody came out.
-            self._depths[id(optimizer)] = 1 if depth >= _most_depth(optimizer) else depth + 1
+            # One that is inside already calls a step within a step, or its step before this one raised.
+            self._depths[id(optimizer)] = _steps_under_way(optimizer) if was_inside else 1
             alone, readers = len(self._known) == 1, list(self._readers.values())
         if _is_capturing():
             self.bypassed = True
@@ -238,9 +241,14 @@ def _put_first(handle: RemovableHandle) -> None:
     hooks.move_to_end(handle.id, last=False)
 
 
-def _most_depth(optimizer: torch.optim.Optimizer) -> int:
-    """How many of its classes have a step of their own that calls hooks."""
-    return sum(getattr(vars(kind).get("step"), "hooked", False) for kind in type(optimizer).__mro__)
+def _steps_under_way(optimizer: torch.optim.Optimizer) -> int:
+    """How many steps of an optimizer, one calling the other, this thread is in; torch's hooks have no way to tell."""
+    count, frame = 0, inspect.currentframe()
+    while frame is not None:
+        is_step = frame.f_code.co_filename == _OPTIMIZER_FILE and frame.f_code.co_name == "wrapper"
+        count += is_step and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return max(count, 1)
 
 
 def storage_of(tensor: torch.Tensor) -> int:
