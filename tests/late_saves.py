@@ -69,3 +69,37 @@ def state_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
     """The tensors of an optimizer's state by the names that a checkpoint gives them, as they are now."""
     named = {name: optimizer.state[one] for name, one in model.named_parameters() if one in optimizer.state}
     return copy_of({"state": named})
+
+
+def fused(parameters: object) -> torch.optim.Optimizer:
+    """Its steps change memory without torch counting that."""
+    return torch.optim.AdamW(parameters, fused=True)  # type: ignore[arg-type]
+
+
+def trained() -> tuple[torch.nn.Sequential, torch.optim.Optimizer]:
+    """A model whose optimizer has stepped."""
+    model = make_model()
+    optimizer = fused(model.parameters())
+    backward(model)
+    optimizer.step()
+    return model, optimizer
+
+
+class SaveOnce:
+    """Saves when it is called first, as a hook or a closure of a step."""
+
+    def __init__(self, manager: dt.CheckpointManager, model: torch.nn.Module) -> None:
+        self.manager = manager
+        self.model = model
+        self.handle: dt.SaveHandle | None = None
+        self.expected: dict[str, torch.Tensor] = {}
+
+    def __call__(self, *_: object) -> None:
+        if self.handle is None:
+            self.expected = copy_of(self.model.state_dict())
+            self.handle = self.manager.save_async({"model": self.model}, 1)
+
+    def assert_saved(self) -> None:
+        assert self.handle is not None
+        assert any(not torch.equal(now, self.expected[key]) for key, now in self.model.state_dict().items())
+        assert_saved(self.manager, self.handle, self.expected)

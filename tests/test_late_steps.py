@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch.optim.optimizer import (
     _global_optimizer_post_hooks,
     _global_optimizer_pre_hooks,
@@ -18,46 +17,20 @@ from torch.optim.optimizer import (
 
 import dtruntime_torch as dt
 from dtruntime_torch.checkpoint.door import DOOR, Door
-from dtruntime_torch.checkpoint.staging.stager import Staging
-from dtruntime_torch.errors import SaveFailed
 from tests.checkpoint.late_jobs import LateJobs
-from tests.late_saves import assert_saved, backward, copy_of, jobs, make_model, manager
+from tests.late_saves import (
+    SaveOnce,
+    assert_saved,
+    backward,
+    copy_of,
+    fused,
+    jobs,
+    make_model,
+    manager,
+    trained,
+)
 
 __all__ = ["jobs", "manager"]
-
-
-def fused(parameters: object) -> torch.optim.Optimizer:
-    """Its steps change memory without torch counting that."""
-    return torch.optim.AdamW(parameters, fused=True)  # type: ignore[arg-type]
-
-
-def trained() -> tuple[torch.nn.Sequential, torch.optim.Optimizer]:
-    """A model whose optimizer has stepped."""
-    model = make_model()
-    optimizer = fused(model.parameters())
-    backward(model)
-    optimizer.step()
-    return model, optimizer
-
-
-class SaveOnce:
-    """Saves when it is called first, as a hook or a closure of a step."""
-
-    def __init__(self, manager: dt.CheckpointManager, model: torch.nn.Module) -> None:
-        self.manager = manager
-        self.model = model
-        self.handle: dt.SaveHandle | None = None
-        self.expected: dict[str, torch.Tensor] = {}
-
-    def __call__(self, *_: object) -> None:
-        if self.handle is None:
-            self.expected = copy_of(self.model.state_dict())
-            self.handle = self.manager.save_async({"model": self.model}, 1)
-
-    def assert_saved(self) -> None:
-        assert self.handle is not None
-        assert any(not torch.equal(now, self.expected[key]) for key, now in self.model.state_dict().items())
-        assert_saved(self.manager, self.handle, self.expected)
 
 
 def test_a_save_from_a_hook_in_front_of_a_step_holds_what_was_there_before(manager, jobs):
@@ -331,123 +304,3 @@ def test_a_step_is_over_before_a_hook_behind_it_that_was_there_first(hooks):
     door.stand()
     optimizer.step()
     assert changing == [0]
-
-
-def test_a_save_behind_the_step_of_a_base_class_reads_nothing_late(manager, jobs):
-    torch.optim.SGD(
-        [torch.nn.Parameter(torch.zeros(1))], lr=0.1
-    )  # torch gives a class its hooks with its first instance
-
-    class Decaying(torch.optim.SGD):
-        def step(self, closure=None):
-            super().step(closure)
-            for parameter in self.param_groups[0]["params"]:
-                parameter.data.mul_(0.5)
-
-    model = make_model()
-    optimizer = Decaying(model.parameters(), lr=0.1)
-    backward(model)
-    optimizer.step()
-    save = SaveOnce(manager, model)
-    handle = register_optimizer_step_post_hook(save)
-    optimizer.step()
-    handle.remove()
-    jobs.release()
-    save.assert_saved()
-
-
-def test_after_a_step_that_raised_the_next_one_leaves_everything_late_again(manager, jobs):
-    class Failing(torch.optim.SGD):
-        fails = False
-
-        def step(self, closure=None):
-            super().step(closure)
-            if self.fails:
-                raise ValueError("no")
-
-    model = make_model()
-    optimizer = Failing(model.parameters(), lr=0.1)
-    backward(model)
-    optimizer.fails = True
-    with pytest.raises(ValueError, match="no"):
-        optimizer.step()
-    optimizer.fails = False
-    optimizer.step()
-    expected = copy_of(model.state_dict())
-    handle = manager.save_async({"model": model}, 1)
-    assert not handle.staged()
-    optimizer.step()
-    jobs.release()
-    assert_saved(manager, handle, expected)
-
-
-class Opaque(torch.Tensor):
-    """Has no memory that anybody could ask for."""
-
-    @staticmethod
-    def __new__(cls, inner: torch.Tensor) -> Opaque:
-        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)  # type: ignore[attr-defined, no-any-return]
-
-    def __init__(self, inner: torch.Tensor) -> None:
-        self.inner = inner
-
-    @classmethod
-    def __torch_dispatch__(cls, function, types, arguments=(), options=None):
-        raw = [one.inner if isinstance(one, Opaque) else one for one in arguments]
-        result = function(*raw, **(options or {}))
-        if function.__name__.partition(".")[0].endswith("_"):
-            return arguments[0]
-        return Opaque(result) if isinstance(result, torch.Tensor) else result
-
-
-def test_a_step_of_an_optimizer_whose_memory_is_not_known_waits_for_everything(manager, jobs):
-    model, _ = trained()
-    opaque = torch.nn.Parameter(Opaque(torch.zeros(3)))
-    handle, expected = manager.save_async({"model": model}, 1), copy_of(model.state_dict())
-    asked = len(jobs.asked)
-    torch.optim.SGD([opaque], lr=0.1, foreach=False).step()
-    assert len(jobs.asked) > asked
-    model[0].weight.data.zero_()
-    jobs.release()
-    assert_saved(manager, handle, expected)
-
-
-def test_a_save_beside_an_optimizer_whose_memory_is_not_known_goes_well(manager, jobs):
-    opaque = torch.nn.Parameter(Opaque(torch.zeros(3)))
-    other = torch.optim.SGD([opaque], lr=0.1, foreach=False)
-    other.step()
-    model, optimizer = trained()
-    handle, expected = manager.save_async({"model": model}, 1), copy_of(model.state_dict())
-    optimizer.step()
-    jobs.release()
-    assert_saved(manager, handle, expected)
-    assert other.param_groups
-
-
-def test_a_step_that_cannot_wait_goes_on_and_that_save_fails(manager, jobs, monkeypatch):
-    model, optimizer = trained()
-    handle = manager.save_async({"model": model}, 1)
-
-    def refuse(self, *_: object) -> None:
-        raise SaveFailed("the device does not answer")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Staging, "before_overwrite", refuse)
-        optimizer.step()
-    jobs.release()
-    with pytest.raises(
-        SaveFailed, match="the step of an optimizer could not wait for this save.*does not answer"
-    ):
-        handle.result(60)
-    assert manager.latest() is None
-
-
-def test_a_load_through_dcp_waits_for_what_it_fills(manager, jobs, tmp_path):
-    model, _ = trained()
-    dcp.save(model.state_dict(), storage_writer=dt.StorageWriter(tmp_path / "dcp"), no_dist=True)
-    model[0].weight.data.add_(1)
-    handle, expected = manager.save_async({"model": model}, 1), copy_of(model.state_dict())
-    dcp.load(model.state_dict(), storage_reader=dt.StorageReader(tmp_path / "dcp"), no_dist=True)
-    assert not torch.equal(model[0].weight, expected["0.weight"])
-    jobs.release()
-    assert_saved(manager, handle, expected)
