@@ -58,7 +58,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "checkpoint.staging.device_order",
         "checkpoint.staging.stager checkpoint.staging.watch",
         "checkpoint.staging.capture",
-        "checkpoint.staging.lateness checkpoint.staging.staging",
+        "checkpoint.staging.lateness",
+        "checkpoint.staging.staging",
     ),
     (
         "checkpoint.saving.leader checkpoint.loading.load_round checkpoint.saving.snapshot checkpoint.saving.structures",

@@ -60,8 +60,9 @@ class OwnedMemory:
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(8, 4096))
         >>> owned = OwnedMemory([torch.optim.SGD([weight])])
-        >>> weight.detach() in owned, weight.detach()[2:4] in owned, torch.zeros(8, 4096) in owned
-        (True, True, False)
+        >>> tensors = weight.detach(), weight.detach()[2:4], torch.zeros(8, 4096)
+        >>> [owned.storage_around(tensor) is not None for tensor in tensors]
+        [True, True, False]
 
     Attributes:
         unknown: some of the optimizers change memory, too, of which nothing can be known.
@@ -88,16 +89,18 @@ class OwnedMemory:
                 start = part.data_ptr()
                 stops[start] = max(stops.get(start, 0), start + part.nbytes)
 
-    def __contains__(self, tensor: torch.Tensor) -> bool:
-        """Whether all bytes of a plain contiguous tensor belong to one tensor of an optimizer."""
-        stops = self._stops.get(storage_of(tensor))
-        if stops is None:
-            return False
+    def storage_around(self, tensor: torch.Tensor) -> int | None:
+        """The address of a plain contiguous tensor's storage, if all its bytes belong to one tensor of an optimizer."""
+        if not self._stops:
+            return None
+        storage = storage_of(tensor)
+        stops = self._stops.get(storage, {})
         start = tensor.data_ptr()
         stop = start + tensor.nbytes
-        return stops.get(start, 0) >= stop or any(
+        inside = stops.get(start, 0) >= stop or any(
             first <= start and stop <= last for first, last in stops.items()
         )
+        return storage if inside else None
 
     @property
     def storages(self) -> Collection[int]:

@@ -33,7 +33,7 @@ from dtruntime_torch.checkpoint.saving.publish import Publisher
 from dtruntime_torch.checkpoint.saving.snapshot import Snapshot
 from dtruntime_torch.checkpoint.saving.structures import Structure, Structures
 from dtruntime_torch.checkpoint.staging.capture import Capture, Patience
-from dtruntime_torch.checkpoint.staging.lateness import Lateness, nothing_late
+from dtruntime_torch.checkpoint.staging.lateness import Lateness
 from dtruntime_torch.checkpoint.staging.stager import Stager
 from dtruntime_torch.checkpoint.staging.staging import begin, make_room
 from dtruntime_torch.errors import (
@@ -241,9 +241,8 @@ class Saver:
         layout, members = structure.layout, structure.learnt.members
         base = self._lineage.base_of(members)
         delta = base is not None and not base.full_next
-        self._capture = self._capture_of(
-            flat, layout, metrics, delta, at_once or self.lateness.is_immediate()
-        )
+        immediate = at_once or self.lateness.is_immediate()
+        capture = self._begin_capture(flat, layout, metrics, delta, immediate)
         return Snapshot(
             key=key,
             step=step,
@@ -251,7 +250,7 @@ class Saver:
             plan=structure.plan,
             layout=layout,
             image=memoryview(self._stager.arena)[: layout.length],
-            capture=self._capture,
+            capture=capture,
             chunk_bytes=self._policies.chunk_bytes,
             values={spec.fqn: flat.values[spec.fqn] for spec in structure.plan.objects},
             metadata=metadata,
@@ -261,23 +260,20 @@ class Saver:
             delta=delta,
         )
 
-    def _capture_of(
+    def _begin_capture(
         self, flat: FlatState, layout: Layout, metrics: SaveMetrics, delta: bool, immediate: bool
     ) -> Capture:
-        may_be_late = nothing_late if immediate else self.lateness.choose_late
+        lateness = None if immediate else self.lateness
         patience = Patience(self._policies.door_timeout, self._policies.paranoid)
-        capture = begin(
-            self._stager, layout, flat.tensors, may_be_late, patience, metrics, only_changed=delta
+        # Noted before it is waited for: what fails from here on gives it up.
+        self._capture = capture = begin(
+            self._stager, layout, flat.tensors, lateness, patience, metrics, only_changed=delta
         )
         timeout = self._members.barrier.timeout
-        try:
-            if immediate:
-                capture.wait(timeout, help=True)
-            else:
-                capture.take_early(timeout)
-        except BaseException:
-            capture.cancel(timeout)
-            raise
+        if immediate:
+            capture.wait(timeout, help=True)
+        else:
+            capture.take_early(timeout)
         return capture
 
     def _agree(self, key: str, state: object) -> tuple[FlatState, Structure]:

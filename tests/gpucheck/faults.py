@@ -9,8 +9,9 @@ from unittest import mock
 import torch
 
 from dtruntime_torch import _C
-from dtruntime_torch.checkpoint.door import OwnedMemory
-from dtruntime_torch.checkpoint.staging.capture import NOTHING_LATE, Capture
+from dtruntime_torch.checkpoint.door import OwnedMemory, storage_of
+from dtruntime_torch.checkpoint.staging import capture
+from dtruntime_torch.checkpoint.staging.capture import Capture
 from dtruntime_torch.checkpoint.staging.lateness import Lateness
 from dtruntime_torch.checkpoint.staging.stager import Stager
 from dtruntime_torch.errors import SaveFailed
@@ -254,11 +255,11 @@ def a_save_that_does_not_take_what_is_early(bench):
 
 
 def a_save_that_takes_all_for_what_optimizers_own(bench):
-    in_its_managers(bench, OwnedMemory, "__contains__", lambda self, tensor: True)
+    in_its_managers(bench, OwnedMemory, "storage_around", lambda self, tensor: storage_of(tensor))
 
 
 def a_save_that_is_never_late(bench):
-    in_its_managers(bench, Lateness, "choose_late", lambda self, tensors: NOTHING_LATE)
+    in_its_managers(bench, Lateness, "choose_late", lambda self, tensors: capture.Late())
 
 
 def a_save_that_does_not_look_for_tears(bench):

@@ -17,6 +17,15 @@ from dtruntime_torch.storage import backend_for
 T = TypeVar("T")
 
 
+def can_be_named(checkpoint_id: CheckpointId) -> bool:
+    """Whether a `checkpoint_id` alone names a folder that there can be."""
+    try:
+        folder_of(None, checkpoint_id)
+    except InvalidArgument:
+        return False
+    return True
+
+
 class _Begun(threading.local):
     """What this thread has begun."""
 

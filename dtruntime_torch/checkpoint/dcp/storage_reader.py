@@ -11,10 +11,10 @@ from torch.distributed.checkpoint.storage import StorageReader as TorchStorageRe
 from torch.futures import Future
 
 from dtruntime_torch.checkpoint.dcp.contents import Contents
-from dtruntime_torch.checkpoint.dcp.folder import CheckpointId, Folder, Target, folder_of
+from dtruntime_torch.checkpoint.dcp.folder import CheckpointId, Folder, Target
 from dtruntime_torch.checkpoint.dcp.names_in_folder import manifest_name
 from dtruntime_torch.checkpoint.dcp.open_folder import open_folder
-from dtruntime_torch.checkpoint.dcp.place import Place
+from dtruntime_torch.checkpoint.dcp.place import Place, can_be_named
 from dtruntime_torch.checkpoint.dcp.read_items import read_items
 from dtruntime_torch.checkpoint.door import DOOR
 from dtruntime_torch.errors import CorruptCheckpoint, InvalidArgument, LoadFailed, NotFound
@@ -100,11 +100,7 @@ class StorageReader(TorchStorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: CheckpointId) -> bool:
-        try:
-            folder_of(None, checkpoint_id)
-        except InvalidArgument:
-            return False
-        return True
+        return can_be_named(checkpoint_id)
 
 
 async def _read(contents: Contents, plan: LoadPlan, planner: LoadPlanner) -> None:

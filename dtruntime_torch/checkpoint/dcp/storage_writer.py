@@ -13,9 +13,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from dtruntime_torch.checkpoint.dcp.commit_folder import Save, commit, open_save
-from dtruntime_torch.checkpoint.dcp.folder import CheckpointId, Target, folder_of, view_of_save
+from dtruntime_torch.checkpoint.dcp.folder import CheckpointId, Target, view_of_save
 from dtruntime_torch.checkpoint.dcp.names_in_folder import attempt_of
-from dtruntime_torch.checkpoint.dcp.place import Place
+from dtruntime_torch.checkpoint.dcp.place import Place, can_be_named
 from dtruntime_torch.checkpoint.dcp.rank_files import write_file
 from dtruntime_torch.checkpoint.dcp.state_paths import KEY, planner_data_to_json
 from dtruntime_torch.checkpoint.dcp.write_items import ShardFile, files_needed, resolve
@@ -142,11 +142,7 @@ class StorageWriter(TorchStorageWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: CheckpointId) -> bool:
-        try:
-            folder_of(None, checkpoint_id)
-        except InvalidArgument:
-            return False
-        return True
+        return can_be_named(checkpoint_id)
 
     async def _write(self, files: Sequence[ShardFile], numbers: PartNumbers) -> WrittenParts:
         save = self._opened()

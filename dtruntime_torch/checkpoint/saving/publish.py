@@ -205,7 +205,6 @@ class Publisher:
         began = time.perf_counter()
         try:
             digests = snapshot.capture.wait(self._members.barrier.timeout)
-            began = time.perf_counter()
             part, arrival = self._write_part(snapshot, digests, attempt, delta)
         except Exception as error:
             return Try(attempt, delta, Arrival.failed(error, passing=may_pass(error)), failure=error)

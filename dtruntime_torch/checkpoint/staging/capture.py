@@ -14,7 +14,7 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from dtruntime_torch.checkpoint.door import DOOR, SMALL_BYTES, OwnedMemory, storage_of
+from dtruntime_torch.checkpoint.door import DOOR, SMALL_BYTES, OwnedMemory
 from dtruntime_torch.checkpoint.saving.handle import SaveMetrics
 from dtruntime_torch.checkpoint.specs import digest_length
 from dtruntime_torch.checkpoint.staging.device import in_one_piece
@@ -44,9 +44,6 @@ class Late:
         return sorted(number for numbers in each for number in numbers)
 
 
-NOTHING_LATE = Late()
-
-
 def choose_late(tensors: Sequence[torch.Tensor], owned: OwnedMemory, deferred: OwnedMemory) -> Late:
     """Tells which tensors may be read late.
 
@@ -68,10 +65,10 @@ def choose_late(tensors: Sequence[torch.Tensor], owned: OwnedMemory, deferred: O
         if tensor.nbytes < SMALL_BYTES or not in_one_piece(tensor):
             continue
         # What is both changes in both ways, and no step may be let through because the user asks, too.
-        if tensor in owned:
-            by_optimizers.setdefault(storage_of(tensor), []).append(number)
-        elif tensor in deferred:
-            by_user.setdefault(storage_of(tensor), []).append(number)
+        if (storage := owned.storage_around(tensor)) is not None:
+            by_optimizers.setdefault(storage, []).append(number)
+        elif (storage := deferred.storage_around(tensor)) is not None:
+            by_user.setdefault(storage, []).append(number)
     return Late(by_optimizers, by_user)
 
 
@@ -114,7 +111,9 @@ class Capture:
         self._began = time.perf_counter()
         self._staging = staging
         self._names = names
-        self._lengths = [digest_length(tensor.nbytes, chunk_bytes) for tensor in tensors]
+        # Who is not paranoid does not compare.
+        compared = tensors if patience.paranoid else ()
+        self._lengths = [digest_length(tensor.nbytes, chunk_bytes) for tensor in compared]
         self._late = late
         self._numbers = late.numbers
         self._patience = patience.seconds

@@ -10,7 +10,7 @@ import torch
 
 from dtruntime_torch.checkpoint.door import DOOR, OwnedMemory
 from dtruntime_torch.checkpoint.saving.policies import Consistency
-from dtruntime_torch.checkpoint.staging.capture import NOTHING_LATE, Late, choose_late
+from dtruntime_torch.checkpoint.staging.capture import Late, choose_late
 from dtruntime_torch.errors import InvalidArgument
 
 
@@ -85,8 +85,3 @@ class Lateness:
 
     def _still_there(self) -> list[torch.Tensor]:
         return [there for one in self._deferred if (there := one()) is not None]
-
-
-def nothing_late(tensors: Sequence[torch.Tensor]) -> Late:
-    """For saves of which all is staged before the call returns."""
-    return NOTHING_LATE

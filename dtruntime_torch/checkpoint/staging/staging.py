@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
@@ -11,6 +11,7 @@ from dtruntime_torch import _C
 from dtruntime_torch.checkpoint.saving.handle import SaveMetrics
 from dtruntime_torch.checkpoint.saving.layout import Layout
 from dtruntime_torch.checkpoint.staging.capture import Capture, Late, Patience
+from dtruntime_torch.checkpoint.staging.lateness import Lateness
 from dtruntime_torch.checkpoint.staging.stager import Stager
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def begin(
     stager: Stager,
     layout: Layout,
     tensors: Mapping[str, torch.Tensor],
-    may_be_late: Callable[[Sequence[torch.Tensor]], Late],
+    lateness: Lateness | None,
     patience: Patience,
     metrics: SaveMetrics,
     only_changed: bool = False,
@@ -74,7 +75,7 @@ def begin(
         stager: its arena holds at least `layout.length` bytes.
         layout: where each tensor goes.
         tensors: fqn -> this rank's shard, on any device, of any stride.
-        may_be_late: tells which of the tensors that it is given may be read when this has returned.
+        lateness: tells which of the tensors may still be read when this has returned; None: nothing is late.
         patience: how these are treated.
         metrics: told what it cost.
         only_changed: leaves the chunks alone that the arena holds since the staging before, if it was of this
@@ -85,7 +86,7 @@ def begin(
     """
     names = [slot.item.spec.fqn for slot in layout.slots]
     sources = [tensors[name] for name in names]
-    late = may_be_late(sources)
+    late = Late() if lateness is None else lateness.choose_late(sources)
     pairs = list(zip(sources, [slot.offset for slot in layout.slots], strict=True))
     staging = stager.start(pairs, only_changed, names, late.numbers)
     try:

@@ -14,7 +14,6 @@ from dtruntime_torch.checkpoint.saving.handle import SaveMetrics
 from dtruntime_torch.checkpoint.saving.layout import Layout, make_layout
 from dtruntime_torch.checkpoint.specs import SavePlan, TensorSpec, WriteItem
 from dtruntime_torch.checkpoint.staging.capture import Patience
-from dtruntime_torch.checkpoint.staging.lateness import nothing_late
 from dtruntime_torch.checkpoint.staging.stager import Stager
 from dtruntime_torch.checkpoint.staging.staging import begin, make_room
 from dtruntime_torch.errors import BarrierTimeout
@@ -50,7 +49,7 @@ def stage(
     only_changed: bool = False,
 ) -> bytes:
     patience = Patience(seconds=0)
-    capture = begin(stager, layout, tensors, nothing_late, patience, SaveMetrics(), only_changed)
+    capture = begin(stager, layout, tensors, None, patience, SaveMetrics(), only_changed)
     return capture.wait(timeout, help=True)
 
 
